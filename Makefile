@@ -1,0 +1,42 @@
+# `make demo` and `make test` work from a fresh clone: they find a Python, make .venv from the locked versions, and run.
+# PYTHON=/path/to/python chooses the interpreter that .venv is made with.
+PYTHON :=
+RUN := .venv/bin/python
+
+.NOTPARALLEL:
+.PHONY: help demo test lint types format lock clean
+
+help:
+	@echo 'make demo    chat with the embedded model (SmolLM2) in the terminal'
+	@echo 'make test    lint, formatting, types and tests'
+	@echo 'make lint    lint and formatting alone'
+	@echo 'make format  apply the formatter and the fixes that ruff knows'
+	@echo 'make lock    resolve the locked versions in requirements/ again'
+	@echo 'make clean   remove .venv and every cache'
+
+demo: .venv/demo.stamp
+	@$(RUN) scripts/demo.py
+
+test: lint types
+	@$(RUN) -m pytest
+
+lint: .venv/dev.stamp
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+types: .venv/dev.stamp
+	@$(RUN) -m pyright
+
+format: .venv/dev.stamp
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+lock: .venv/dev.stamp
+	@$(RUN) scripts/lock.py
+
+clean:
+	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build dist
+
+.venv/dev.stamp: requirements/demo.txt
+.venv/%.stamp: requirements/%.txt pyproject.toml scripts/setup_env.sh
+	@bash scripts/setup_env.sh $* $(PYTHON)

@@ -1,0 +1,1 @@
+"""Attention within fresh prompts, whose keys and values are at hand and need no pool."""

@@ -1,0 +1,36 @@
+"""`flash_attention`: attention within prompts that lie one behind another."""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_kernels.dispatch import select
+from qwen2_kernels.flash_attention.reference import flash_attention_reference
+
+IMPLEMENTATIONS = {"reference": flash_attention_reference}
+
+
+def flash_attention(
+    q: Float[Array, "T K G H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    query_start_loc: Int[Array, " R+1"],
+    *,
+    scale: float,
+    window: int | None = None,
+    causal: bool = True,
+    implementation: str = "auto",
+) -> Float[Array, "T K G H"]:
+    """Attend from each token to the tokens of its own prompt.
+
+    Args:
+        q, k, v: the step's rotated queries and keys, and its values; prompts lie one behind another on T.
+        query_start_loc: where each prompt starts on T, and the end; tokens past it are padding.
+        scale, window, causal: as in `paged_attention`.
+
+    Returns:
+        The attended values in `q`'s dtype; zeros for padding.
+    """
+    if q.shape[:2] + q.shape[3:] != k.shape or k.shape != v.shape:
+        raise ValueError(f"flash_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    run = select("flash_attention", IMPLEMENTATIONS, implementation, auto="reference", reason="the only one there is")
+    return run(q, k, v, query_start_loc, scale=scale, window=window, causal=causal)

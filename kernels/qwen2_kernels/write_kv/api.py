@@ -1,0 +1,44 @@
+"""`write_kv`: rotate queries and keys, and write keys and values into the paged pools."""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_kernels.dispatch import select
+from qwen2_kernels.write_kv.reference import write_kv_reference
+from qwen2_kernels.write_kv.xla import write_kv_xla
+
+IMPLEMENTATIONS = {"reference": write_kv_reference, "xla": write_kv_xla}
+
+
+def write_kv(
+    qkv: Float[Array, "T K G+2 H"],
+    cos: Float[Array, "T H/2"],
+    sin: Float[Array, "T H/2"],
+    k_pool: Float[Array, "P B K H"],
+    v_pool: Float[Array, "P B K H"],
+    slot_mapping: Int[Array, " T"],
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "T K G H"], Float[Array, "P B K H"], Float[Array, "P B K H"]]:
+    """Rotate a step's queries and keys, and write its keys and values into the pools.
+
+    Args:
+        qkv: the fused projection, per KV head its G query heads, then its key, then its value.
+        cos, sin: the rotary angles' cosine and sine at each token's position, float32.
+        k_pool, v_pool: P blocks of B slots; donate them, so that the write is in place. In float8_e4m3fn the values are
+            divided by the scale and clipped to the type's range.
+        slot_mapping: where each token goes, `block * B + offset`; -1 writes nothing.
+        k_scale, v_scale: what a stored value is multiplied by to give the real one.
+
+    Returns:
+        The rotated queries in `qkv`'s dtype, and the two pools.
+
+    The rotation is the half-split one of Hugging Face's `apply_rotary_pos_emb`, in float32 with one rounding.
+    """
+    tokens, kv_heads, slots, head_dim = qkv.shape
+    if slots < 3 or cos.shape != (tokens, head_dim // 2) or k_pool.shape[2:] != (kv_heads, head_dim):
+        raise ValueError(f"write_kv: shapes do not fit: qkv {qkv.shape}, cos {cos.shape}, k_pool {k_pool.shape}")
+    run = select("write_kv", IMPLEMENTATIONS, implementation, auto="xla", reason="a scatter that every platform compiles")
+    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, k_scale=k_scale, v_scale=v_scale)

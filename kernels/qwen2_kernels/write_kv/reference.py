@@ -1,0 +1,42 @@
+"""`write_kv` from its formula, in float32: rotation as a complex product, one token written after another."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def write_kv_reference(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    k_pool: Array,
+    v_pool: Array,
+    slot_mapping: Array,
+    *,
+    k_scale: float,
+    v_scale: float,
+) -> tuple[Array, Array, Array]:
+    """See `api.write_kv`."""
+    half = qkv.shape[-1] // 2
+    rotated_heads = qkv[:, :, :-1].astype(jnp.float32)
+    pairs = jax.lax.complex(rotated_heads[..., :half], rotated_heads[..., half:])
+    pairs = pairs * jax.lax.complex(cos, sin)[:, None, None, :]
+    rotated = jnp.concatenate([pairs.real, pairs.imag], axis=-1)
+    keys = _quantise(rotated[:, :, -1], k_scale, k_pool.dtype)
+    values = _quantise(qkv[:, :, -1].astype(jnp.float32), v_scale, v_pool.dtype)
+    block_size = k_pool.shape[1]
+
+    def write(token: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:
+        slot = slot_mapping[token]
+        block, offset = slot // block_size, slot % block_size
+        k, v = pools
+        written = (k.at[block, offset].set(keys[token]), v.at[block, offset].set(values[token]))
+        return jax.tree.map(lambda new, old: jnp.where(slot < 0, old, new), written, pools)
+
+    k_pool, v_pool = jax.lax.fori_loop(0, qkv.shape[0], write, (k_pool, v_pool))
+    return rotated[:, :, :-1].astype(qkv.dtype), k_pool, v_pool
+
+
+def _quantise(x: Array, scale: float, dtype: jnp.dtype) -> Array:
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x / scale, -limit, limit).astype(dtype)

@@ -1,0 +1,38 @@
+"""`write_kv` as XLA compiles it: elementwise rotation and one scatter for each pool."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def write_kv_xla(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    k_pool: Array,
+    v_pool: Array,
+    slot_mapping: Array,
+    *,
+    k_scale: float,
+    v_scale: float,
+) -> tuple[Array, Array, Array]:
+    """See `api.write_kv`."""
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    q = _rotate(q, cos[:, None, None, :], sin[:, None, None, :]).astype(qkv.dtype)
+    k = _rotate(k, cos[:, None, :], sin[:, None, :])
+    return q, _scatter(k_pool, slot_mapping, k, k_scale), _scatter(v_pool, slot_mapping, v, v_scale)
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _scatter(pool: Array, slot_mapping: Array, rows: Array, scale: float) -> Array:
+    blocks, block_size, *row_shape = pool.shape
+    if jnp.finfo(pool.dtype).bits == 8:
+        limit = float(jnp.finfo(pool.dtype).max)
+        rows = jnp.clip(rows.astype(jnp.float32) / scale, -limit, limit)
+    # A negative index would count from the end: -1 becomes one past the last slot, which "drop" leaves out.
+    slots = jnp.where(slot_mapping < 0, blocks * block_size, slot_mapping)
+    flat = pool.reshape(blocks * block_size, *row_shape)
+    return flat.at[slots].set(rows.astype(pool.dtype), mode="drop").reshape(pool.shape)

@@ -1,0 +1,202 @@
+"""The command line: `qwen2-jax generate | chat | embed | convert`. It only talks to `LLM`, and imports it late.
+
+Answers go to standard output; progress, speed and errors to standard error, where a mistake is one line (exit code 2).
+"""
+
+import asyncio
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import qwen2_jax
+from qwen2_jax.cli_options import COMMANDS, ENGINE_OPTIONS, SAMPLING_OPTIONS, parse
+from qwen2_jax.errors import ConfigError, Qwen2JaxError, RequestError, nearest
+from qwen2_jax.types import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from qwen2_jax.llm import LLM
+
+DEFAULT_MAX_TOKENS = 256
+"""What `generate` stops at unless told otherwise; a chat answer may fill the context."""
+
+Messages = list[dict[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(argv)
+    except Qwen2JaxError as error:
+        print(f"qwen2-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv in ([], ["-h"], ["--help"]):
+        print("usage: qwen2-jax COMMAND ... (qwen2-jax COMMAND --help lists its options)\n")
+        print("\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items()))
+        return 0 if argv else 2
+    if argv == ["--version"]:
+        print(qwen2_jax.__version__)
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; use {', '.join(COMMANDS)}")
+    _RUN[name](parse(name, rest))
+    return 0
+
+
+def _given(args: Namespace, names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _split_model(args: Namespace) -> tuple[str, list[str]]:
+    if "model" in args:
+        return args.model, args.inputs
+    if not args.inputs:
+        raise ConfigError("no model was named; give a hub id, a folder, a .gguf file or smollm2 as the first argument")
+    return args.inputs[0], args.inputs[1:]
+
+
+def _read_stdin(what: str) -> str:
+    if sys.stdin.isatty():
+        raise ConfigError(f"no {what} was given; write it after the model, or pipe it into standard input")
+    return sys.stdin.read()
+
+
+@contextmanager
+def _engine(model: str, args: Namespace, **options: Any) -> Iterator["LLM"]:
+    from qwen2_jax.llm import LLM
+
+    SamplingParams(**_given(args, SAMPLING_OPTIONS))  # a wrong value shows before the model is loaded
+    llm = LLM(model, **_given(args, ENGINE_OPTIONS), **options)
+    try:
+        yield llm
+    finally:
+        llm.shutdown()
+
+
+def _sampling_params(llm: "LLM", args: Namespace, max_tokens: int | None) -> SamplingParams:
+    given = _given(args, (*SAMPLING_OPTIONS, "seed"))
+    return llm.get_default_sampling_params().replace(**{"max_tokens": max_tokens, **given})
+
+
+async def _stream(llm: "LLM", prompt: str | Messages, params: SamplingParams) -> str:
+    """Print an answer as it grows, then its speed, and return it."""
+    started = time.perf_counter()
+    first: tuple[float, int] | None = None
+    text, count, now = "", 0, started
+    async for output in llm.stream(prompt, params):
+        answer = output.outputs[0]
+        print(answer.text[len(text) :], end="", flush=True)
+        text, count, now = answer.text, len(answer.token_ids), time.perf_counter()
+        if first is None and count:
+            first = now, count
+    print(flush=True)
+    since, before = first if first is not None and count > first[1] else (started, 0)
+    rate = (count - before) / max(now - since, 1e-9)
+    print(f"[{count} tokens, {rate:.1f} tokens/s]", file=sys.stderr)
+    return text
+
+
+def _as_json(output: RequestOutput) -> str:
+    answer = output.outputs[0]
+    return json.dumps(
+        {
+            "prompt": output.prompt,
+            "text": answer.text,
+            "token_ids": list(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        },
+        ensure_ascii=False,
+    )
+
+
+def _generate(args: Namespace) -> None:
+    model, prompts = _split_model(args)
+    prompts = prompts or [_read_stdin("prompt").removesuffix("\n")]
+    options = vars(args)
+    if options.get("stream") and ("json" in args or len(prompts) > 1):
+        raise ConfigError("--stream prints the text of one prompt as it grows; leave it out for --json or more prompts")
+    with _engine(model, args) as llm:
+        params = _sampling_params(llm, args, DEFAULT_MAX_TOKENS)
+        if options.get("stream", "json" not in args and len(prompts) == 1):
+            asyncio.run(_stream(llm, prompts[0], params))
+            return
+        for output in llm.generate(prompts, params):
+            print(_as_json(output) if "json" in args else output.outputs[0].text)
+
+
+def _embed(args: Namespace) -> None:
+    model, texts = _split_model(args)
+    texts = texts or _read_stdin("text").splitlines()
+    with _engine(model, args, runner="pooling") as llm:
+        for text, output in zip(texts, llm.embed(texts), strict=True):
+            print(json.dumps({"text": text, "embedding": output.outputs.embedding}, ensure_ascii=False))
+
+
+def _convert(args: Namespace) -> None:
+    if len(args.inputs) != 2:
+        raise ConfigError(f"convert takes SOURCE and DESTINATION, not {len(args.inputs)} arguments")
+    from qwen2_jax.models.orbax import convert
+
+    source, destination = args.inputs
+    convert(source, destination, **_given(args, ENGINE_OPTIONS))
+
+
+def _chat(args: Namespace) -> None:
+    model, rest = _split_model(args)
+    if rest:
+        raise ConfigError(f"chat takes a model and nothing after it, not {rest[0]!r}; --message says something")
+    system: Messages = [{"role": "system", "content": args.system}] if "system" in args else []
+    with _engine(model, args) as llm, asyncio.Runner() as runner:
+        params = _sampling_params(llm, args, None)
+
+        def take_turn(messages: Messages, text: str) -> Messages:
+            turn = [*messages, {"role": "user", "content": text}]
+            return [*turn, {"role": "assistant", "content": runner.run(_stream(llm, turn, params))}]
+
+        messages = system
+        if "message" in args:
+            print(f"> {args.message}", file=sys.stderr)
+            messages = take_turn(messages, args.message)
+        if "message" not in args or "interactive" in args:
+            _converse(messages, system, take_turn)
+
+
+def _converse(messages: Messages, system: Messages, take_turn: Callable[[Messages, str], Messages]) -> None:
+    """Answer what is typed until it ends; Ctrl-C ends an answer, and a turn that fails is forgotten."""
+    import readline  # noqa: F401  gives `input` line editing and a history
+
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        if text == "/clear":
+            messages = system
+        elif text:
+            try:
+                messages = take_turn(messages, text)
+            except KeyboardInterrupt:
+                print()
+            except RequestError as error:
+                print(f"{error} (/clear forgets the conversation)", file=sys.stderr)
+
+
+_RUN: Mapping[str, Callable[[Namespace], None]] = {
+    "generate": _generate,
+    "chat": _chat,
+    "embed": _embed,
+    "convert": _convert,
+}

@@ -1,0 +1,239 @@
+"""What the engine may use and how it runs: options as users give them, and what they become on a machine."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen2_jax.config.model import ModelConfig
+from qwen2_jax.errors import ConfigError, reject_unknown
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+RUNNERS = ("auto", "generate", "pooling")
+
+# vLLM's options that are not built: what each means here, and the values that ask for nothing.
+_NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "enable_lora": ("LoRA adapters are not served yet", (False, None)),
+    "max_loras": ("LoRA adapters are not served yet", (None,)),
+    "max_lora_rank": ("LoRA adapters are not served yet", (None,)),
+    "max_cpu_loras": ("LoRA adapters are not served yet", (None,)),
+    "quantization": ("quantised weights are not served", (None,)),
+    "speculative_config": ("speculative decoding is not served yet", (None,)),
+    "pipeline_parallel_size": ("layers are not split over devices; use tensor_parallel_size", (1, None)),
+    "data_parallel_size": ("run one engine per replica", (1, None)),
+    "trust_remote_code": ("no code of a checkpoint is ever run", (False, None)),
+    "enforce_eager": ("every step is a compiled program", (False, None)),
+    "cpu_offload_gb": ("weights stay on the device", (0, None)),
+    "swap_space": ("preempted sequences are computed again, not swapped", (0, None)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Where a model comes from and how it is read."""
+
+    load_format: str = "auto"
+    """`"auto"` looks at the files; `"dummy"` reads only the config and draws random weights."""
+    dtype: str = "auto"
+    """`"auto"`: the checkpoint's on a GPU, float32 on a CPU, whose half-precision matmuls are slow."""
+    revision: str | None = None
+    hf_token: str | bool | None = None
+    hf_overrides: Mapping[str, Any] | None = None
+    """Laid over config.json: objects merge, None removes."""
+    runner: str = "auto"
+    """`"pooling"` makes an embeddings model of a language model; `"auto"` goes by the architecture."""
+    use_tqdm_on_load: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("runner", self.runner, RUNNERS)
+
+    def resolve_dtype(self, checkpoint_dtype: str, platform: str) -> str:
+        """Return the dtype that weights and activations have on `platform`."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if platform == "cpu" else checkpoint_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged key-value cache."""
+
+    block_size: int = 16
+    """Tokens in a block."""
+    gpu_memory_utilization: float = 0.92
+    """The share of a GPU's memory that weights, workspace and cache may take together."""
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of cache on each device; None takes what is free on a GPU, and at most `CPU_CACHE_BYTES` on a CPU."""
+    num_gpu_blocks_override: int | None = None
+    """Number of blocks, whatever the memory; for tests and experiments."""
+    enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"
+    """`"auto"` is the model's dtype."""
+
+    def __post_init__(self) -> None:
+        _check_int("block_size", self.block_size, 1, 1024)
+        if not 0 < _number("gpu_memory_utilization", self.gpu_memory_utilization) <= 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} is not in (0, 1]")
+        _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, optional=True)
+        _check_int("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, optional=True)
+        if self.kv_cache_dtype != "auto":
+            raise ConfigError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} is not served yet: only 'auto', the model's dtype, is"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs. None leaves a value to the platform; `resolve` fills it in."""
+
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    max_model_len: int | None = None
+    """The longest sequence, prompt and output together, in tokens. None: the model's context length."""
+    max_num_seqs: int | None = None
+    """Sequences that run together. None: 256 on a GPU, 16 on a CPU."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step, over all its sequences. None: 8192 on a GPU, 512 on a CPU."""
+    max_decode_steps: int | None = None
+    """Decode steps in one call to the device. None: 8 on a GPU, 1 on a CPU, where a call costs nothing."""
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"
+    """`"fcfs"`, or `"priority"`: lower numbers first."""
+    tensor_parallel_size: int = 1
+    seed: int = 0
+    """Draws the seeds of requests that bring none."""
+    max_logprobs: int = 20
+    """The most log-probabilities that a request may ask for per token; -1 allows the whole vocabulary."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            _check_int(name, getattr(self, name), 1, optional=True)
+        _check_int("max_decode_steps", self.max_decode_steps, 1, 64, optional=True)
+        _check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        _check_int("seed", self.seed, 0)
+        _check_int("max_logprobs", self.max_logprobs, -1)
+        _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+
+    def resolve(self, model: ModelConfig, platform: str) -> "ResolvedConfig":
+        """Fill in what depends on the model and on `platform` (`"gpu"` or `"cpu"`), and check the whole."""
+        gpu = platform != "cpu"
+        max_num_seqs = self.max_num_seqs or (256 if gpu else 16)
+        context = model.context_length
+        max_model_len = self.max_model_len or context
+        if max_model_len > context:
+            raise ConfigError(
+                f"max_model_len={max_model_len} is longer than the model's context of {context} tokens; "
+                "use at most that, or extend it through hf_overrides (rope_parameters of type 'yarn')"
+            )
+        tokens = self.max_num_batched_tokens or max(8192 if gpu else 512, max_num_seqs)
+        if not self.enable_chunked_prefill or not model.is_causal:
+            if self.max_num_batched_tokens is not None and tokens < max_model_len:
+                raise ConfigError(
+                    f"max_num_batched_tokens={tokens} is less than max_model_len={max_model_len}, but prompts are not "
+                    "computed in chunks (enable_chunked_prefill=False, or a model that is not causal)"
+                )
+            tokens = max(tokens, max_model_len)
+        if tokens < max_num_seqs:
+            raise ConfigError(f"max_num_batched_tokens={tokens} is less than max_num_seqs={max_num_seqs}")
+        if not model.is_causal and any(window is not None for window in model.layer_windows):
+            raise ConfigError("is_causal=False with a sliding window is not supported; override use_sliding_window")
+        return ResolvedConfig(
+            config=self,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=tokens,
+            max_decode_steps=self.max_decode_steps or (8 if gpu else 1),
+            max_logprobs=model.vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, model.vocab_size),
+            bucket_growth=2 if gpu else 4,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """`EngineConfig` on one machine with one model: every size is a number."""
+
+    config: EngineConfig
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_decode_steps: int
+    max_logprobs: int
+    bucket_growth: int
+    """How many times the last one each prefill bucket is: compilation time against padding."""
+
+    @property
+    def cache(self) -> CacheConfig:
+        """The cache's options."""
+        return self.config.cache
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """M: the blocks that the longest sequence takes."""
+        return -(-self.max_model_len // self.cache.block_size)
+
+    @property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """R of the decode programs."""
+        return _buckets(1, self.max_num_seqs, 2)
+
+    @property
+    def prefill_buckets(self) -> tuple[int, ...]:
+        """T of the prefill programs; R of each is `prefill_rows(T)`."""
+        return _buckets(min(32, self.max_num_batched_tokens), self.max_num_batched_tokens, self.bucket_growth)
+
+    def prefill_rows(self, tokens: int) -> int:
+        """R of the prefill program for `tokens` tokens."""
+        return min(tokens, self.max_num_seqs)
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[LoadConfig, EngineConfig]:
+    """Sort keyword options, named as vLLM names them, into what loads the model and what runs it.
+
+    Raises `ConfigError` for an unknown name, with the nearest known one, and for an option of vLLM's that is not built.
+    """
+    load, cache = _names(LoadConfig), _names(CacheConfig)
+    engine = _names(EngineConfig) - {"cache"}
+    reject_unknown("option", options, [*load, *cache, *engine, *_NOT_BUILT])
+    for name, (why, harmless) in _NOT_BUILT.items():
+        if name in options and not any(options[name] is ok or options[name] == ok for ok in harmless):
+            raise ConfigError(f"{name}={options[name]!r} is refused: {why}")
+
+    def pick(names: set[str]) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name in names}
+
+    return LoadConfig(**pick(load)), EngineConfig(cache=CacheConfig(**pick(cache)), **pick(engine))
+
+
+def _names(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """Sizes from `smallest` to `largest`, each `factor` times the last."""
+    sizes = [largest]
+    size = smallest
+    while size < largest:
+        sizes.append(size)
+        size *= factor
+    return tuple(sorted(set(sizes)))
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r} is not a number")
+    return value
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None = None, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{name}={value!r} is not an integer {limits}")

@@ -1,0 +1,89 @@
+"""Builds an engine from options: resolves the model, loads it, compiles it, and ties the parts together."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
+from qwen2_jax.engine.compilation import use_persistent_cache
+from qwen2_jax.engine.engine import Engine
+from qwen2_jax.engine.input_processor import InputProcessor
+from qwen2_jax.engine.model_loader import load_model, model_config
+from qwen2_jax.engine.model_runner import ModelRunner
+from qwen2_jax.engine.schedule import SchedulerConfig
+from qwen2_jax.engine.scheduler import Scheduler
+from qwen2_jax.models.checkpoint import Checkpoint
+from qwen2_jax.models.weights import open_checkpoint
+from qwen2_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def build_engine(
+    path: Path,
+    load: LoadConfig,
+    options: EngineConfig,
+    *,
+    tokenizer: Tokenizer | None,
+    generation_config: Mapping[str, Any],
+    checkpoint: Checkpoint,
+) -> tuple[Engine, ModelConfig, ResolvedConfig]:
+    """Return an engine that is ready to serve. Raises `ConfigError` and its kin for what cannot be served."""
+    _reserve_device_memory(options.cache.gpu_memory_utilization)
+    use_persistent_cache()
+    model = model_config(checkpoint, load)
+    config = options.resolve(model, jax.default_backend())
+    loaded = load_model(checkpoint, model, load, options)
+    logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
+    runner = ModelRunner(loaded, config, use_tqdm=load.use_tqdm_on_load)
+    scheduler = Scheduler(_scheduler_config(model, config), runner.num_blocks)
+    inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
+    return Engine(runner, scheduler, inputs, tokenizer), model, config
+
+
+def read_checkpoint(path: Path, load: LoadConfig) -> Checkpoint:
+    """Open the checkpoint at `path` in the format that `load` asks for."""
+    return open_checkpoint(path, load.load_format)
+
+
+def _scheduler_config(model: ModelConfig, config: ResolvedConfig) -> SchedulerConfig:
+    windows = [window for window in model.layer_windows if window is not None]
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        block_size=config.cache.block_size,
+        max_decode_steps=config.max_decode_steps,
+        enable_chunked_prefill=config.config.enable_chunked_prefill,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        release_window=max(windows) if len(windows) == model.num_hidden_layers else None,
+        policy=config.config.scheduling_policy,
+    )
+
+
+def _eos_token_ids(
+    model: ModelConfig, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return every token that ends an answer, by config.json, the tokenizer or generation_config.json."""
+    given = generation_config.get("eos_token_id")
+    ids = list(model.eos_token_ids) + (given if isinstance(given, list) else [] if given is None else [given])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(ids))
+
+
+def _reserve_device_memory(fraction: float) -> None:
+    """Have JAX take `fraction` of each GPU, unless the user has set its own variable for that.
+
+    JAX reads it when it first touches a device; a process that has done so already keeps the share it has, and the
+    cache's log line says what that is.
+    """
+    if _MEMORY_FRACTION not in os.environ:
+        os.environ[_MEMORY_FRACTION] = str(fraction)
+    logger.info("JAX may take %s of each GPU's memory (%s)", os.environ[_MEMORY_FRACTION], _MEMORY_FRACTION)

@@ -1,0 +1,85 @@
+"""Compiles the device programs ahead of time, in parallel threads, and counts what is compiled after that."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramSpec:
+    """One program to compile: a function, the abstract arguments, which of them it takes over, and its results."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+    out_shardings: Any
+
+
+def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile one program under `mesh`."""
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
+        return jitted.lower(*spec.arguments).compile()
+
+
+def compile_programs[K](
+    specs: Mapping[K, ProgramSpec], mesh: Mesh, *, use_tqdm: bool
+) -> dict[K, jax.stages.Compiled]:
+    """Compile all of `specs` in as many threads as there are cores; a progress bar counts them."""
+    compiled = {}
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as threads,
+        tqdm(total=len(specs), desc="Compiling", unit="program", disable=not use_tqdm) as progress,
+    ):
+        futures = {threads.submit(compile_program, spec, mesh): key for key, spec in specs.items()}
+        for future in as_completed(futures):
+            compiled[futures[future]] = future.result()
+            progress.update()
+    return compiled
+
+
+def use_persistent_cache() -> None:
+    """Keep compiled programs on disk, in JAX's configured cache or else in the user's cache folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "qwen2_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class CompilationCounter:
+    """Counts compilations that happen while a thread is inside `watch`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._watching = threading.local()
+        self._watching.active = False
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count this thread's compilations until the end of the block."""
+        self._watching.active = True
+        try:
+            yield
+        finally:
+            self._watching.active = False
+
+    def close(self) -> None:
+        """Stop counting."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT and self._watching.__dict__.get("active", False):
+            self.count += 1

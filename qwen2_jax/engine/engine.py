@@ -1,0 +1,109 @@
+"""The engine: schedule a call, launch it, and take in the results of the one before."""
+
+import logging
+import time
+from collections import deque
+
+import numpy as np
+
+from qwen2_jax.engine.input_processor import InputProcessor, ProcessedInput
+from qwen2_jax.engine.model_runner import ModelRunner
+from qwen2_jax.engine.output_processor import GroupOutput
+from qwen2_jax.engine.request import Request
+from qwen2_jax.engine.schedule import SchedulerOutput
+from qwen2_jax.engine.scheduler import Scheduler
+from qwen2_jax.engine.step_results import Launched, RowResult
+from qwen2_jax.text.tokenizer import Tokenizer
+from qwen2_jax.types import EmbeddingRequestOutput, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+Output = RequestOutput | EmbeddingRequestOutput
+
+RUN_AHEAD = 1
+"""Calls that are launched before the oldest one's results are read."""
+
+
+class Engine:
+    """Serves requests step by step. One thread at a time may use it; `inputs` may be used from any."""
+
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, inputs: InputProcessor, tokenizer: Tokenizer | None
+    ) -> None:
+        self.runner, self.scheduler, self.inputs = runner, scheduler, inputs
+        self._tokenizer = tokenizer
+        self._groups: dict[str, GroupOutput] = {}
+        self._group_of: dict[Request, tuple[GroupOutput, int]] = {}
+        self._in_flight: deque[Launched] = deque()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self._groups) or bool(self._in_flight)
+
+    def add(self, source: ProcessedInput) -> None:
+        """Queue a request."""
+        group = GroupOutput.start(source, self._tokenizer)
+        for index, request in enumerate(source.sequences):
+            self.scheduler.add(request)
+            self._group_of[request] = (group, index)
+        self._groups[source.request_id] = group
+
+    def abort(self, request_id: str) -> Output | None:
+        """End a request early and return its last output; None if there is no unfinished one of that id."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        for request in group.source.sequences:
+            self.scheduler.abort(request.request_id)
+        for sequence in group.sequences:
+            sequence.finish("abort", None)
+        return self._render(group)
+
+    def step(self) -> list[Output]:
+        """Launch the next call if there is one, and return what the oldest call under way has changed."""
+        planned = self.scheduler.schedule()
+        if planned is not None:
+            self._in_flight.append(self.runner.launch(planned))
+            self._note_scheduled(planned)
+        if not self._in_flight or (planned is not None and len(self._in_flight) <= RUN_AHEAD):
+            return []
+        launched = self._in_flight.popleft()
+        return self._postprocess(launched.output, launched.read())
+
+    def _postprocess(self, output: SchedulerOutput, results: list[RowResult]) -> list[Output]:
+        for row, result in zip(output.rows, results, strict=True):
+            if result.prompt_logprobs and row.request in self._group_of:
+                self._group_of[row.request][0].add_prompt_logprobs(row.start + 1, result.prompt_logprobs)
+        changed = set(self.scheduler.update(output, [result.token_ids for result in results]))
+        groups: dict[str, GroupOutput] = {}
+        for row, result in zip(output.rows, results, strict=True):
+            if row.request in changed:
+                group = self._take(row.request, result)
+                groups[group.source.request_id] = group
+        return [rendered for group in groups.values() if (rendered := self._render(group)) is not None]
+
+    def _take(self, request: Request, result: RowResult) -> GroupOutput:
+        group, index = self._group_of[request]
+        if result.embedding is not None:
+            group.embedding = np.asarray(result.embedding, np.float32).tolist()
+        else:
+            if group.metrics.first_token_time is None and request.output_token_ids:
+                group.metrics.first_token_time = time.monotonic()
+            if group.sequences[index].take(result):
+                self.scheduler.finish(request, "stop", group.sequences[index].stop_reason)
+        return group
+
+    def _render(self, group: GroupOutput) -> Output | None:
+        if group.is_finished:
+            self._groups.pop(group.source.request_id, None)
+            for request in group.source.sequences:
+                self._group_of.pop(request, None)
+        return group.render()
+
+    def _note_scheduled(self, output: SchedulerOutput) -> None:
+        now = time.monotonic()
+        for request in output.admitted:
+            metrics = self._group_of[request][0].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now

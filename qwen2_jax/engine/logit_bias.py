@@ -1,0 +1,105 @@
+"""What a request adds to its logits: bias, allowed tokens, bad words, minimum length, a spent thinking budget.
+
+All of it becomes one vector of the vocabulary's size that the sampler adds to the row's logits; minus infinity forbids
+a token. The vector is made on the host and goes to the device only when it changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen2_jax.engine.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingTokens:
+    """The tokens that open and close a model's thinking, and how many tokens may lie between them."""
+
+    start: int
+    end: int
+    budget: int
+
+
+class LogitBias:
+    """One request's bias over its life."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        logit_bias: dict[int, float],
+        allowed_token_ids: Sequence[int] | None,
+        bad_words: Sequence[Sequence[int]],
+        min_tokens: int,
+        stop_token_ids: Sequence[int],
+        thinking: ThinkingTokens | None,
+    ) -> None:
+        """`bad_words` are token sequences; `stop_token_ids` are forbidden until there are `min_tokens` outputs."""
+        self._bad_words = [tuple(word) for word in bad_words if len(word) > 1]
+        self._stop_token_ids = frozenset(stop_token_ids) if min_tokens else frozenset()
+        self._min_tokens = min_tokens
+        self._thinking = thinking
+        fixed = np.zeros(vocab_size, np.float32)
+        if allowed_token_ids is not None:
+            fixed[:] = -np.inf
+            fixed[list(allowed_token_ids)] = 0
+        for token, bias in logit_bias.items():
+            fixed[token] += bias
+        fixed[[word[0] for word in bad_words if len(word) == 1]] = -np.inf
+        self._fixed = fixed
+        self._is_fixed_empty = not fixed.any()
+        self._sent: frozenset[int] | int | None = None
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether the next step's bias depends on the last token."""
+        return bool(self._bad_words) or self._thinking is not None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether this bias can ever differ from zero."""
+        return not self._is_fixed_empty or self.is_synchronous or bool(self._stop_token_ids)
+
+    def reset(self) -> None:
+        """Forget what is on the device: the request has got another row."""
+        self._sent = None
+
+    def update(self, request: Request, num_outputs: int) -> tuple[bool, np.ndarray | None]:
+        """Return whether the bias counts for the token after `num_outputs`, and the vector to send if it changed."""
+        forced = self._forced(request)
+        forbidden = frozenset() if forced is not None else self._forbidden(request.output_token_ids, num_outputs)
+        if forced is None and not forbidden and self._is_fixed_empty:
+            return False, None
+        state = forbidden if forced is None else forced
+        if state == self._sent:
+            return True, None
+        self._sent = state
+        if forced is not None:
+            vector = np.full_like(self._fixed, -np.inf)
+            vector[forced] = 0
+        else:
+            vector = self._fixed.copy()
+            vector[list(forbidden)] = -np.inf
+        return True, vector
+
+    def _forbidden(self, outputs: Sequence[int], num_outputs: int) -> frozenset[int]:
+        endings = {
+            word[-1]
+            for word in self._bad_words
+            if len(outputs) >= len(word) - 1 and tuple(outputs[len(outputs) - len(word) + 1 :]) == word[:-1]
+        }
+        return self._stop_token_ids | endings if num_outputs < self._min_tokens else frozenset(endings)
+
+    def _forced(self, request: Request) -> int | None:
+        """Return the closing token if the thinking that is open has spent its budget."""
+        if self._thinking is None:
+            return None
+        spent = 0
+        for token in reversed(request.prompt_token_ids + request.output_token_ids):
+            if token == self._thinking.end:
+                return None
+            if token == self._thinking.start:
+                return self._thinking.end if spent >= self._thinking.budget else None
+            spent += 1
+        return None

@@ -1,0 +1,163 @@
+"""The functions that become device programs: decode calls, prefill steps, and what goes with them.
+
+Each is pure: parameters, caches and per-request state in, caches and state (donated) and results out. `Programs` closes
+over what is static; everything that changes from step to step arrives in one packed vector.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_jax.engine.sampler import empty_samples, logprobs_of, sample
+from qwen2_jax.engine.step_inputs import decode_layout, prefill_layout, unpack
+from qwen2_jax.models.batch import StepBatch
+from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
+from qwen2_jax.sampling_params import MAX_LOGPROB_TOKEN_IDS
+
+PROMPT_LOGPROBS_CHUNK = 64
+
+Params = dict[str, Any]
+State = dict[str, Array]
+Outputs = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The step functions of one model; `graphdef` is its NNX structure, whose weights are the argument `params`."""
+
+    graphdef: nnx.GraphDef
+    vocab_size: int
+    hidden_size: int
+    block_size: int
+    blocks_per_sequence: int
+    max_num_seqs: int
+    max_decode_steps: int
+    max_logprobs: int
+
+    def initial_state(self) -> State:
+        """Return the per-request state, one row per running request and a spare one for padding.
+
+        `token_ids` [S, L]: what the sampler wrote and, for requests that need their history, all tokens; `logit_bias`
+        [S, V] and `logprob_token_ids` [S, C] (-1: none) are set by `set_row` for requests that use them.
+        """
+        rows, length = self.max_num_seqs + 1, self.blocks_per_sequence * self.block_size + 1
+        return {
+            "token_ids": jnp.zeros((rows, length), jnp.int32),
+            "logit_bias": jnp.zeros((rows, self.vocab_size), jnp.float32),
+            "logprob_token_ids": jnp.full((rows, MAX_LOGPROB_TOKEN_IDS), -1, jnp.int32),
+        }
+
+    def initial_pooled(self) -> State:
+        """Return the per-request state of an embeddings model: sums of hidden states, float32 [S, D]."""
+        return {"pooled": jnp.zeros((self.max_num_seqs + 1, self.hidden_size), jnp.float32)}
+
+    def decode(
+        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, rows: int
+    ) -> tuple[KVCache, State, Outputs]:
+        """Run `num_steps` decode steps of R rows; each output has a leading axis of `max_decode_steps`."""
+        inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence))
+        if self.max_decode_steps == 1:
+            kv_cache, state, outputs = self._decode_step(params, kv_cache, state, inputs, jnp.int32(0))
+            return kv_cache, state, jax.tree.map(lambda x: x[None], outputs)
+
+        def step(index: Array, carry: tuple[KVCache, State, Outputs]) -> tuple[KVCache, State, Outputs]:
+            kv_cache, state, collected = carry
+            kv_cache, state, outputs = self._decode_step(params, kv_cache, state, inputs, index)
+            return kv_cache, state, jax.tree.map(lambda all_, one: all_.at[index].set(one), collected, outputs)
+
+        empty = empty_samples(rows, self.max_logprobs, MAX_LOGPROB_TOKEN_IDS)
+        collected = jax.tree.map(lambda x: jnp.zeros((self.max_decode_steps, *x.shape), x.dtype), empty)
+        return jax.lax.fori_loop(0, inputs["num_steps"], step, (kv_cache, state, collected))
+
+    def _decode_step(
+        self, params: Params, kv_cache: KVCache, state: State, inputs: dict[str, Array], index: Array
+    ) -> tuple[KVCache, State, Outputs]:
+        model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
+        is_row = inputs["position_ids"] >= 0
+        positions = jnp.where(is_row, inputs["position_ids"] + index, 0)
+        sampled_before = state["token_ids"][inputs["row_indices"], positions]
+        input_ids = jnp.where((index == 0) & (inputs["input_ids"] >= 0), inputs["input_ids"], sampled_before)
+        block = jnp.take_along_axis(inputs["block_tables"], positions[:, None] // self.block_size, axis=1)[:, 0]
+        batch = StepBatch(
+            input_ids=input_ids,
+            position_ids=positions,
+            block_tables=inputs["block_tables"],
+            slot_mapping=jnp.where(is_row, block * self.block_size + positions % self.block_size, -1),
+            context_lens=jnp.where(is_row, positions + 1, 0),
+        )
+        (logits, _), kv_cache = model(batch, kv_cache)
+        rows = inputs | {name: inputs[name] + index for name in ("sample_positions", "output_indices")}
+        outputs = sample(logits, rows, state, self.max_logprobs)
+        return kv_cache, self._remember(state, rows, outputs), outputs
+
+    def prefill(
+        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
+    ) -> tuple[KVCache, State, tuple[Outputs, Float[Array, "T D"]]]:
+        """Run one step of T tokens in R rows; returns samples with a leading axis of 1, and final hidden states."""
+        inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
+        model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
+        (hidden, _), kv_cache = model(self._prefill_batch(inputs, state), kv_cache, skip_lm_head=True)
+        logits = model.compute_logits(hidden[inputs["lm_head_indices"]])
+        outputs = sample(logits, inputs, state, self.max_logprobs)
+        state = self._remember(state, inputs, outputs)
+        return kv_cache, state, (jax.tree.map(lambda x: x[None], outputs), hidden)
+
+    def embed(
+        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
+    ) -> tuple[KVCache, State, Float[Array, "R E"]]:
+        """Run one step of T tokens in R rows; returns the embeddings of rows that this step completes."""
+        inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
+        model: FlashQwen2ForEmbeddings = nnx.merge(self.graphdef, params)
+        batch = self._prefill_batch(inputs, None)
+        hidden, kv_cache = model.model(batch, kv_cache)
+        starts = batch.context_lens == jnp.diff(inputs["query_start_loc"])
+        before = jnp.where(starts[:, None], 0.0, state["pooled"][inputs["row_indices"]])
+        total = before + pool_sum(hidden, batch)
+        state = {"pooled": state["pooled"].at[inputs["row_indices"]].set(total)}
+        return kv_cache, state, model.project(total, batch.context_lens)
+
+    def prompt_logprobs(self, params: Params, hidden: Float[Array, "T D"], packed: Int[Array, " T"]) -> Outputs:
+        """Report log-probabilities of the token that follows each of T, which `packed` names."""
+        model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
+        chunk = min(PROMPT_LOGPROBS_CHUNK, hidden.shape[0])
+        padding = -hidden.shape[0] % chunk
+        hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(packed, (0, padding))
+
+        def report(part: tuple[Array, Array]) -> Outputs:
+            none = jnp.full((chunk, 1), -1, jnp.int32)
+            return logprobs_of(model.compute_logits(part[0]), part[1], none, self.max_logprobs)
+
+        parts = jax.lax.map(report, (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)))
+        return {name: value.reshape(-1, *value.shape[2:]) for name, value in parts.items()}
+
+    def set_row(self, state: State, packed: Int[Array, " W"], *, name: str) -> State:
+        """Set row `packed[0]` of the state array `name` to the rest of `packed` (float32 as its bits)."""
+        array = state[name]
+        row = packed[1:]
+        if array.dtype == jnp.float32:
+            row = jax.lax.bitcast_convert_type(row, jnp.float32)
+        return state | {name: jax.lax.dynamic_update_slice(array, row[None], (packed[0], 0))}
+
+    def _prefill_batch(self, inputs: dict[str, Array], state: State | None) -> StepBatch:
+        input_ids = inputs["input_ids"]
+        if state is not None:
+            sampled_before = state["token_ids"][inputs["token_rows"], inputs["position_ids"]]
+            input_ids = jnp.where(input_ids < 0, sampled_before, input_ids)
+        return StepBatch(
+            input_ids=input_ids,
+            position_ids=inputs["position_ids"],
+            block_tables=inputs["block_tables"],
+            slot_mapping=inputs["slot_mapping"],
+            context_lens=inputs["context_lens"],
+            query_start_loc=inputs["query_start_loc"],
+        )
+
+    def _remember(self, state: State, rows: dict[str, Array], outputs: Outputs) -> State:
+        """Write each sampled token behind its row's others; a row that does not sample has a position out of range."""
+        token_ids = state["token_ids"].at[rows["row_indices"], rows["sample_positions"]]
+        return state | {"token_ids": token_ids.set(outputs["token_ids"], mode="drop")}

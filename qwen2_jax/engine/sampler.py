@@ -1,0 +1,177 @@
+"""Sampling on the device, row by row: a row's token depends on its logits, its parameters and its seed alone.
+
+The order is vLLM's: logit bias and allowed tokens, penalties, temperature, min-p, top-k, top-p. Log-probabilities are
+the log-softmax of the raw logits. Work that no row of the step asks for is skipped by conditionals on the device, so
+that one program serves every mix.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_jax.engine.thresholds import top_k_threshold, top_p_threshold
+
+State = dict[str, Array]
+Rows = dict[str, Array]
+
+
+def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: int) -> dict[str, Array]:
+    """Sample one token per row.
+
+    Args:
+        logits: raw logits, float32.
+        rows: the arrays of `step_inputs.sampling_layout`.
+        state: the per-request state of `programs.initial_state`; `token_ids` holds each row's tokens so far.
+        max_logprobs: K, how many top log-probabilities a row may ask for.
+
+    Returns:
+        `token_ids` [R], and where some row wants them (zeros otherwise) `logprobs` [R] of the sampled token, its `ranks`
+        [R], `top_logprobs` and `top_ids` [R, K], and `chosen_logprobs` and `chosen_ranks` [R, C] of the state's
+        `logprob_token_ids`.
+    """
+    plain = (
+        (rows["temperature"] == 0)
+        & (rows["has_logit_bias"] == 0)
+        & (rows["num_logprobs"] < 0)
+        & ~_has_penalty(rows)
+    )
+    empty = empty_samples(logits.shape[0], max_logprobs, state["logprob_token_ids"].shape[1])
+
+    def greedy(logits: Array) -> dict[str, Array]:
+        return empty | {"token_ids": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
+
+    def full(logits: Array) -> dict[str, Array]:
+        token_ids = _choose(_processed(logits, rows, state), rows)
+        wanted = state["logprob_token_ids"][rows["row_indices"]]
+        report = jax.lax.cond(
+            jnp.any(rows["num_logprobs"] >= 0),
+            lambda: logprobs_of(logits, token_ids, wanted, max_logprobs),
+            lambda: {name: value for name, value in empty.items() if name != "token_ids"},
+        )
+        return {"token_ids": token_ids} | report
+
+    return jax.lax.cond(jnp.all(plain), greedy, full, logits)
+
+
+def empty_samples(rows: int, max_logprobs: int, chosen: int) -> dict[str, Array]:
+    """Return what `sample` returns, all zeros."""
+    return {
+        "token_ids": jnp.zeros(rows, jnp.int32),
+        "logprobs": jnp.zeros(rows),
+        "ranks": jnp.zeros(rows, jnp.int32),
+        "top_logprobs": jnp.zeros((rows, max_logprobs)),
+        "top_ids": jnp.zeros((rows, max_logprobs), jnp.int32),
+        "chosen_logprobs": jnp.zeros((rows, chosen)),
+        "chosen_ranks": jnp.zeros((rows, chosen), jnp.int32),
+    }
+
+
+def logprobs_of(
+    logits: Float[Array, "R V"], token_ids: Int[Array, " R"], chosen: Int[Array, "R C"], max_logprobs: int
+) -> dict[str, Array]:
+    """Report log-probabilities of one token per row, of the K likeliest ones, and of the `chosen` ones."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top_logprobs, top_ids = jax.lax.top_k(logprobs, max_logprobs)
+    of_token = jnp.take_along_axis(logprobs, token_ids[:, None], axis=-1)
+    of_chosen = jnp.take_along_axis(logprobs, jnp.maximum(chosen, 0), axis=-1)
+
+    def rank(values: Array) -> Array:
+        """1 for the likeliest; one column at a time, because the comparison has the vocabulary's width."""
+        counts = jax.lax.map(lambda column: jnp.sum(logprobs > column[:, None], axis=-1), values.T)
+        return counts.T.astype(jnp.int32) + 1
+
+    return {
+        "logprobs": of_token[:, 0],
+        "ranks": rank(of_token)[:, 0],
+        "top_logprobs": top_logprobs,
+        "top_ids": top_ids.astype(jnp.int32),
+        "chosen_logprobs": of_chosen,
+        "chosen_ranks": jax.lax.cond(
+            jnp.any(chosen >= 0), lambda: rank(of_chosen), lambda: jnp.zeros(chosen.shape, jnp.int32)
+        ),
+    }
+
+
+def _has_penalty(rows: Rows) -> Array:
+    return (
+        (rows["presence_penalty"] != 0) | (rows["frequency_penalty"] != 0) | (rows["repetition_penalty"] != 1)
+    )
+
+
+def _processed(logits: Array, rows: Rows, state: State) -> Array:
+    """Apply logit bias (allowed and forbidden tokens are infinite ones) and penalties."""
+
+    def biased(logits: Array) -> Array:
+        bias = state["logit_bias"][rows["row_indices"]]
+        return jnp.where(rows["has_logit_bias"][:, None] != 0, logits + bias, logits)
+
+    def penalised(logits: Array) -> Array:
+        in_prompt, output_counts = _token_counts(rows, state["token_ids"], logits.shape)
+        seen = in_prompt | (output_counts > 0)
+        repetition = jnp.where(seen, rows["repetition_penalty"][:, None], 1.0)
+        logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits -= rows["frequency_penalty"][:, None] * output_counts
+        return logits - rows["presence_penalty"][:, None] * (output_counts > 0)
+
+    logits = jax.lax.cond(jnp.any(rows["has_logit_bias"] != 0), biased, lambda x: x, logits)
+    return jax.lax.cond(jnp.any(_has_penalty(rows)), penalised, lambda x: x, logits)
+
+
+def _token_counts(rows: Rows, token_ids: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """Return which tokens each row's prompt holds, and how often its output holds each; both [R, V]."""
+    history = token_ids[rows["row_indices"]]
+    positions = jnp.arange(history.shape[1])[None, :]
+    in_prompt = positions < rows["prompt_lens"][:, None]
+    in_output = ~in_prompt & (positions < rows["sample_positions"][:, None])
+    row = jnp.arange(shape[0])[:, None]
+    prompt = jnp.zeros(shape, bool).at[row, jnp.where(in_prompt, history, shape[1])].set(True, mode="drop")
+    counts = jnp.zeros(shape, jnp.float32).at[row, jnp.where(in_output, history, shape[1])].add(1.0, mode="drop")
+    return prompt, counts
+
+
+def _choose(logits: Array, rows: Rows) -> Array:
+    """Return the likeliest token of greedy rows and a random one of the others."""
+    greedy = jnp.argmax(logits, axis=-1)
+
+    def random() -> Array:
+        temperature = jnp.where(rows["temperature"] == 0, 1.0, rows["temperature"])
+        kept = _keep(logits / temperature[:, None], rows)
+        noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
+            rows["seeds_low"], rows["seeds_high"], rows["output_indices"], logits.shape[1]
+        )
+        return jnp.where(rows["temperature"] == 0, greedy, jnp.argmax(kept + noise, axis=-1))
+
+    return jax.lax.cond(jnp.any(rows["temperature"] != 0), random, lambda: greedy).astype(jnp.int32)
+
+
+def _gumbel(seed_low: Array, seed_high: Array, output_index: Array, size: int) -> Array:
+    """Noise that depends on the request's seed and how many tokens it has sampled, and on nothing else."""
+    words = jnp.stack([seed_high, seed_low]).astype(jnp.uint32)
+    key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), output_index)
+    return jax.random.gumbel(key, (size,))
+
+
+def _keep(logits: Array, rows: Rows) -> Array:
+    """Set the logits of tokens that min-p, top-k or top-p leave out to minus infinity."""
+
+    def cut(logits: Array, threshold: Array) -> Array:
+        return jnp.where(logits < threshold[:, None], -jnp.inf, logits)
+
+    def min_p(logits: Array) -> Array:
+        return cut(logits, logits.max(axis=-1) + jnp.log(rows["min_p"]))
+
+    def top_k(logits: Array) -> Array:
+        k = rows["top_k"]
+        return jnp.where((k > 0)[:, None], cut(logits, top_k_threshold(logits, k)), logits)
+
+    def top_p(logits: Array) -> Array:
+        p = rows["top_p"]
+        return jnp.where((p < 1)[:, None], cut(logits, top_p_threshold(logits, p)), logits)
+
+    steps: list[tuple[Array, Any]] = [(rows["min_p"] > 0, min_p), (rows["top_k"] > 0, top_k), (rows["top_p"] < 1, top_p)]
+    for wanted, step in steps:
+        logits = jax.lax.cond(jnp.any(wanted), step, lambda x: x, logits)
+    return logits

@@ -1,0 +1,264 @@
+"""Decides what each call computes. It knows token counts and blocks, nothing of arrays.
+
+`schedule` and `update` are called in the same order, but `schedule` may run ahead: calls are executed on the device in
+the order in which they are scheduled, so that a block may be freed, or shared, while a call that uses it is under way.
+"""
+
+from dataclasses import dataclass, field
+
+from qwen2_jax.engine.block_manager import BlockManager
+from qwen2_jax.engine.request import FinishReason, Request, RequestStatus
+from qwen2_jax.engine.request_queues import RequestQueues
+from qwen2_jax.engine.schedule import ScheduledRow, SchedulerConfig, SchedulerOutput
+from qwen2_jax.engine.stopping import check_token_stop
+from qwen2_jax.errors import CapacityError, RequestError
+
+
+@dataclass(kw_only=True, slots=True)
+class _Plan:
+    """A call being put together; nothing of it has happened to the requests but their blocks."""
+
+    budget: int
+    rows: dict[Request, ScheduledRow] = field(default_factory=dict)
+    admitted: list[Request] = field(default_factory=list)
+    short_of_blocks: bool = False
+    single_step: bool = False
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, prefix sharing, and preemption by recomputation.
+
+    Under memory pressure the last row in order (youngest, or of lowest priority) gives up its blocks and is computed
+    again later; the first one always goes on, since the pool holds at least one sequence of `max_model_len`.
+    """
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+        """Schedule over `num_blocks` blocks, block 0 (unused) included; `CapacityError` if one sequence cannot fit."""
+        self.config = config
+        self.blocks = BlockManager(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_step_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            release_window=config.release_window,
+        )
+        needed = self.blocks.peak_blocks(config.max_model_len)
+        if needed > self.blocks.pool.num_usable:
+            raise CapacityError(
+                f"one sequence of max_model_len={config.max_model_len} tokens needs {needed} cache blocks of "
+                f"{config.block_size} tokens, and there are {self.blocks.pool.num_usable}; "
+                "give the cache more memory or lower max_model_len"
+            )
+        self.num_preemptions = 0
+        self._queues = RequestQueues(max_num_seqs=config.max_num_seqs, by_priority=config.policy == "priority")
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request is waiting or running."""
+        return len(self._queues) > 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a row and blocks."""
+        return len(self._queues.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not started, or were preempted."""
+        return len(self._queues.waiting)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of blocks that running requests hold, 0 to 1."""
+        return 1.0 - self.blocks.pool.num_free / self.blocks.pool.num_usable
+
+    def add(self, request: Request) -> None:
+        """Queue a new request; `RequestError` if its id is taken or its prompt can never run."""
+        if self._queues.get(request.request_id) is not None:
+            raise RequestError(f"request_id {request.request_id!r} belongs to an unfinished request; use another")
+        prompt_len, limit = request.num_prompt_tokens, self.config.max_model_len - (not request.is_embedding)
+        if request.whole_prompt:
+            limit = min(limit, self.config.max_num_batched_tokens)
+        if not 1 <= prompt_len <= limit:
+            raise RequestError(f"the prompt has {prompt_len} tokens; this request may have 1 to {limit}")
+        self._queues.add(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End an unfinished request early and return it; None if there is none of that id."""
+        request = self._queues.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        return request
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a request and free what it holds, at once: calls under way are done before any that reuse it."""
+        if request.is_finished:
+            return
+        self.blocks.free(request)
+        self._queues.remove(request)
+        request.finish_reason, request.stop_reason = reason, stop_reason
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Return the next call, or None if nothing can run before `update` has been given an earlier one's results."""
+        plan = _Plan(budget=self.config.max_num_batched_tokens)
+        self._plan_running(plan)
+        if not plan.short_of_blocks:
+            self._plan_waiting(plan)
+        return self._commit(plan) if plan.rows else None
+
+    def update(self, output: SchedulerOutput, sampled: list[list[int]]) -> list[Request]:
+        """Take in a call's results, in the order of the calls; return the requests that got tokens or finished.
+
+        `sampled[i]` holds row i's `num_steps` tokens, or nothing if the row does not sample. What lies behind a stop,
+        or belongs to a request that has finished meanwhile, is dropped.
+        """
+        changed = []
+        for row, tokens in zip(output.rows, sampled, strict=True):
+            if len(tokens) != output.num_steps * row.samples:
+                raise ValueError(f"request {row.request.request_id!r}: {len(tokens)} sampled tokens do not fit its row")
+            if not row.request.is_finished and self._update_row(row, tokens):
+                changed.append(row.request)
+        return changed
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing happens, while requests that hold such blocks run."""
+        if self._queues.running:
+            return False
+        self.blocks.prefix_cache.reset()
+        return True
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if a block, a row or a request is lost or in two places."""
+        self.blocks.check_integrity(self._queues.running)
+        self._queues.check_integrity()
+
+    def _num_pending(self, request: Request) -> int:
+        """Tokens of a running request that could be computed now."""
+        if request.synchronous and request.num_in_flight:
+            return 0
+        num_tokens = request.num_tokens_with_in_flight
+        if num_tokens >= request.max_total_tokens and not request.is_embedding:
+            return 0
+        return num_tokens - request.num_computed_tokens
+
+    def _plan_running(self, plan: _Plan) -> None:
+        decodes, prefills = [], []
+        for request in self._queues.running:
+            num_pending = self._num_pending(request)
+            if num_pending:
+                (decodes if num_pending == 1 else prefills).append((request, num_pending))
+        for request, num_pending in decodes + prefills:
+            num_tokens = min(num_pending, plan.budget)
+            if request.status is not RequestStatus.RUNNING or not num_tokens:
+                continue
+            if self._reserve(plan, request, request.num_computed_tokens + num_tokens):
+                self._plan_row(plan, request, num_tokens)
+
+    def _reserve(self, plan: _Plan, request: Request, total: int) -> bool:
+        """Get the blocks for `total` tokens, preempting the rows behind `request` if need be; False: it must wait."""
+        if total <= len(request.block_ids) * self.config.block_size:
+            return True
+        while not self.blocks.grow([request], [total]):
+            plan.short_of_blocks = True
+            victim = self._queues.running[-1]
+            if victim is request:
+                return False
+            self._preempt(plan, victim)
+        return True
+
+    def _preempt(self, plan: _Plan, request: Request) -> None:
+        row = plan.rows.pop(request, None)
+        if row is not None:
+            plan.budget += row.num_tokens
+        self.blocks.free(request)
+        self._queues.preempt(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _plan_waiting(self, plan: _Plan) -> None:
+        waiting, index = self._queues.waiting, 0
+        while index < len(waiting) and plan.budget and self._queues.has_free_row:
+            request = waiting[index]
+            if self._waits_for_leader(request):
+                # The leader's last prompt token may come now: more steps would only keep its forks waiting.
+                plan.single_step |= request.fork_of in plan.rows
+                index += 1
+                continue
+            num_tokens = 0 if request.num_in_flight else self._take_blocks(plan, request)
+            if not num_tokens:
+                break
+            self._queues.start(index)
+            request.fork_of = None
+            plan.admitted.append(request)
+            self._plan_row(plan, request, num_tokens)
+
+    def _waits_for_leader(self, request: Request) -> bool:
+        leader = request.fork_of
+        if leader is None or leader.num_preemptions:
+            return False
+        return not leader.is_finished and leader.num_computed_tokens < leader.num_prompt_tokens
+
+    def _take_blocks(self, plan: _Plan, request: Request) -> int:
+        """Get a waiting request the blocks for its first chunk; return the chunk's tokens, or 0 if it must wait."""
+        shared = self.blocks.shared_blocks(request)
+        start = len(shared) * self.config.block_size
+        num_tokens = min(request.num_tokens - start, plan.budget)
+        in_one_piece = request.whole_prompt or not self.config.enable_chunked_prefill
+        if in_one_piece and start + num_tokens < request.num_tokens:
+            return 0
+        # Each running row may soon need a block: taking the last ones would only preempt the newcomer again.
+        spare = self.num_running
+        return num_tokens if self.blocks.admit(request, shared, start + num_tokens, spare=spare) else 0
+
+    def _plan_row(self, plan: _Plan, request: Request, num_tokens: int) -> None:
+        start = request.num_computed_tokens
+        samples = not request.is_embedding and start + num_tokens == request.num_tokens_with_in_flight
+        plan.rows[request] = ScheduledRow(request, start, num_tokens, samples, request.num_preemptions)
+        plan.budget -= num_tokens
+
+    def _commit(self, plan: _Plan) -> SchedulerOutput:
+        decodes = [row for row in plan.rows.values() if row.is_decode]
+        rows = decodes + [row for row in plan.rows.values() if not row.is_decode]
+        is_decode = len(decodes) == len(rows)
+        num_steps = self._take_steps(rows) if is_decode and not plan.single_step else 1
+        for row in rows:
+            row.request.num_computed_tokens += row.num_tokens + num_steps - 1
+            row.request.num_tokens_with_in_flight += num_steps * row.samples
+        return SchedulerOutput(
+            rows=tuple(rows), num_steps=num_steps, is_decode=is_decode, admitted=tuple(plan.admitted)
+        )
+
+    def _take_steps(self, rows: list[ScheduledRow]) -> int:
+        """Choose how many steps a call of decode rows takes, and get the blocks for them."""
+        if self.config.max_decode_steps == 1 or any(request.synchronous for request in self._queues.running):
+            return 1
+        requests = [row.request for row in rows]
+        num_steps = min(self.config.max_decode_steps, *(_allowance(request) for request in requests))
+        while num_steps > 1 and not self.blocks.grow(requests, [row.start + num_steps for row in rows]):
+            num_steps //= 2
+        return num_steps
+
+    def _update_row(self, row: ScheduledRow, tokens: list[int]) -> bool:
+        """Apply one row's results and return whether its request changed for the outside."""
+        request, stop = row.request, None
+        for token in tokens:
+            request.output_token_ids.append(token)
+            stop = check_token_stop(request)
+            if stop is not None:
+                break
+        num_done = row.start + row.num_tokens + max(len(tokens) - 1, 0)
+        if row.num_preemptions == request.num_preemptions:
+            self.blocks.confirm(request, min(num_done, request.num_tokens))
+        if stop is not None:
+            self.finish(request, *stop)
+        elif request.is_embedding and num_done == request.num_tokens:
+            self.finish(request, "stop")
+        return bool(tokens) or request.is_finished
+
+
+def _allowance(request: Request) -> int:
+    """Steps that a decode row may take in one call: up to its length limit, and not across its `min_tokens`."""
+    left = request.max_total_tokens - request.num_tokens_with_in_flight
+    assert request.sampling_params is not None
+    before_min = request.sampling_params.min_tokens + request.num_prompt_tokens - request.num_tokens_with_in_flight
+    return min(left, before_min) if before_min > 0 else left

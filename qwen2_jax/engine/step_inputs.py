@@ -1,0 +1,107 @@
+"""A step's inputs as one int32 vector: one copy to the device instead of one per array.
+
+The host packs named arrays with `pack`, and the compiled step takes them apart with `unpack`; both follow the same
+layout, which depends only on the bucket. float32 fields travel as their bits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a layout: its shape, and whether its values are float32 (int32 otherwise)."""
+
+    shape: Shape
+    is_float: bool = False
+
+
+Layout = dict[str, Field]
+
+
+def sampling_layout(rows: int) -> Layout:
+    """What the sampler needs of each of R rows."""
+    ints = {name: Field((rows,)) for name in SAMPLING_INTS}
+    return ints | {name: Field((rows,), is_float=True) for name in SAMPLING_FLOATS}
+
+
+SAMPLING_INTS = (
+    "row_indices",  # the row of per-request state; max_num_seqs (a spare row) for padding
+    "sample_positions",  # where in its sequence the sampled token goes
+    "output_indices",  # how many tokens the request has sampled before this one
+    "prompt_lens",
+    "seeds_low",
+    "seeds_high",
+    "top_k",  # 0 keeps all
+    "has_logit_bias",
+    "num_logprobs",  # -1: none wanted
+)
+SAMPLING_FLOATS = (
+    "temperature",  # 0: greedy
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+
+
+def decode_layout(rows: int, blocks: int) -> Layout:
+    """A decode call of R rows with tables of M blocks."""
+    return {
+        "num_steps": Field(()),
+        "input_ids": Field((rows,)),  # -1: the token is in the per-request state, sampled by the call before
+        "position_ids": Field((rows,)),  # -1: padding
+        "block_tables": Field((rows, blocks)),
+        **sampling_layout(rows),
+    }
+
+
+def prefill_layout(tokens: int, rows: int, blocks: int) -> Layout:
+    """A step with prefills, of T tokens in R rows with tables of M blocks."""
+    return {
+        "input_ids": Field((tokens,)),  # -1: the token is in the per-request state, sampled by the call before
+        "position_ids": Field((tokens,)),
+        "token_rows": Field((tokens,)),  # the row of per-request state that each token belongs to
+        "slot_mapping": Field((tokens,)),
+        "query_start_loc": Field((rows + 1,)),
+        "context_lens": Field((rows,)),
+        "lm_head_indices": Field((rows,)),
+        "block_tables": Field((rows, blocks)),
+        **sampling_layout(rows),
+    }
+
+
+def packed_size(layout: Layout) -> int:
+    """Return the length of a packed vector in int32 words."""
+    return sum(math.prod(field.shape) for field in layout.values())
+
+
+def allocate(layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return a zeroed vector and, by name, views into it of the right shapes and dtypes; filling them packs it."""
+    packed = np.zeros(packed_size(layout), np.int32)
+    views, start = {}, 0
+    for name, field in layout.items():
+        end = start + math.prod(field.shape)
+        part = packed[start:end]
+        views[name] = (part.view(np.float32) if field.is_float else part).reshape(field.shape)
+        start = end
+    return packed, views
+
+
+def unpack(packed: Array, layout: Layout) -> dict[str, Array]:
+    """Return the arrays of a packed vector by name, inside a compiled step."""
+    arrays, start = {}, 0
+    for name, field in layout.items():
+        end = start + math.prod(field.shape)
+        part = packed[start:end].reshape(field.shape)
+        arrays[name] = jax.lax.bitcast_convert_type(part, jnp.float32) if field.is_float else part
+        start = end
+    return arrays

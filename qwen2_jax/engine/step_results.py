@@ -1,0 +1,111 @@
+"""What a launched call gives: read once, from copies to the host that started with the launch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
+from qwen2_jax.types import Logprob, LogprobsOnePosition
+
+_LOGPROB_FIELDS = ("logprobs", "ranks", "top_logprobs", "top_ids", "chosen_logprobs", "chosen_ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResult:
+    """One row's share of a call."""
+
+    token_ids: list[int]
+    logprobs: list[LogprobsOnePosition] | None = None
+    """One per token, if the request asks for them."""
+    prompt_logprobs: list[LogprobsOnePosition] | None = None
+    """Of the prompt tokens that follow the row's tokens, if the request asks for them."""
+    embedding: np.ndarray | None = None
+
+
+class Launched:
+    """A call under way."""
+
+    def __init__(
+        self,
+        output: SchedulerOutput,
+        samples: Mapping[str, jax.Array] | None = None,
+        *,
+        prompt_logprobs: Mapping[str, jax.Array] | None = None,
+        embeddings: jax.Array | None = None,
+    ) -> None:
+        self.output = output
+        self._samples = None
+        if samples is not None:
+            wants = any(_num_logprobs(row) is not None for row in output.rows)
+            self._samples = {name: samples[name] for name in ("token_ids", *(_LOGPROB_FIELDS if wants else ()))}
+        self._prompt_logprobs = prompt_logprobs
+        self._embeddings = embeddings
+        for array in jax.tree.leaves((self._samples, self._prompt_logprobs, self._embeddings)):
+            array.copy_to_host_async()
+
+    def read(self) -> list[RowResult]:
+        """Wait for the call and return its results, one per row."""
+        samples = {name: np.asarray(array) for name, array in (self._samples or {}).items()}
+        prompt = {name: np.asarray(array) for name, array in (self._prompt_logprobs or {}).items()}
+        embeddings = None if self._embeddings is None else np.asarray(self._embeddings)
+        results, start = [], 0
+        for index, row in enumerate(self.output.rows):
+            steps = self.output.num_steps if row.samples else 0
+            results.append(
+                RowResult(
+                    token_ids=samples["token_ids"][:steps, index].tolist() if steps else [],
+                    logprobs=_logprobs(samples, row, index, steps),
+                    prompt_logprobs=_prompt_logprobs(prompt, row, start),
+                    embedding=None if embeddings is None else embeddings[index],
+                )
+            )
+            start += row.num_tokens
+        return results
+
+
+def _num_logprobs(row: ScheduledRow) -> int | None:
+    params = row.request.sampling_params
+    return None if params is None else params.num_logprobs
+
+
+def _logprobs(
+    samples: Mapping[str, np.ndarray], row: ScheduledRow, index: int, steps: int
+) -> list[LogprobsOnePosition] | None:
+    params = row.request.sampling_params
+    if params is None or params.num_logprobs is None or not steps:
+        return None
+    positions = []
+    for step in range(steps):
+        of_row = {name: array[step, index] for name, array in samples.items()}
+        position = {int(of_row["token_ids"]): Logprob(float(of_row["logprobs"]), int(of_row["ranks"]))}
+        if params.logprob_token_ids is not None:
+            for i, token in enumerate(params.logprob_token_ids):
+                position.setdefault(token, Logprob(float(of_row["chosen_logprobs"][i]), int(of_row["chosen_ranks"][i])))
+        else:
+            _add_top(position, of_row["top_ids"], of_row["top_logprobs"], params.num_logprobs)
+        positions.append(position)
+    return positions
+
+
+def _prompt_logprobs(
+    report: Mapping[str, np.ndarray], row: ScheduledRow, start: int
+) -> list[LogprobsOnePosition] | None:
+    """Return the entries for the prompt tokens after each of the row's tokens, which lie at `start` on T."""
+    request, params = row.request, row.request.sampling_params
+    if params is None or params.prompt_logprobs is None:
+        return None
+    positions = []
+    for offset in range(min(row.num_tokens, request.num_prompt_tokens - 1 - row.start)):
+        index, token = start + offset, request.prompt_token_ids[row.start + offset + 1]
+        position = {token: Logprob(float(report["logprobs"][index]), int(report["ranks"][index]))}
+        _add_top(position, report["top_ids"][index], report["top_logprobs"][index], params.prompt_logprobs)
+        positions.append(position)
+    return positions
+
+
+def _add_top(position: LogprobsOnePosition, ids: np.ndarray, logprobs: np.ndarray, count: int) -> None:
+    count = len(ids) if count == -1 else count
+    for rank, (token, logprob) in enumerate(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True), 1):
+        position.setdefault(token, Logprob(logprob, rank))

@@ -1,0 +1,287 @@
+"""The offline API: `LLM`, with vLLM's names and shapes."""
+
+import queue
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from qwen2_jax.config import split_options
+from qwen2_jax.engine.async_engine import AsyncEngine
+from qwen2_jax.engine.build import build_engine, read_checkpoint
+from qwen2_jax.engine.engine import Output
+from qwen2_jax.engine.input_processor import ProcessedInput, Prompt
+from qwen2_jax.errors import AdapterError, ConfigError, RequestError
+from qwen2_jax.models.checkpoint import read_json
+from qwen2_jax.models.hub import resolve
+from qwen2_jax.text.tokenizer import Tokenizer
+from qwen2_jax.types import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    LoRARequest,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, loaded and compiled, that generates, chats, streams and embeds.
+
+    Args:
+        model: a local folder (safetensors or Orbax), a GGUF file, a hub id, or `"smollm2"`, the embedded demo model.
+        tokenizer: a folder or hub id to take the tokenizer from instead of the model's.
+        skip_tokenizer_init: do without a tokenizer; prompts are token ids and `detokenize` is False.
+        generation_config: `"auto"` takes default sampling parameters from the model's generation_config.json, `"vllm"`
+            takes none, a folder's path takes them from there.
+        override_generation_config: laid over those defaults.
+        options: the fields of `config.LoadConfig`, `config.CacheConfig` and `config.EngineConfig`.
+
+    Raises:
+        ConfigError, CheckpointError, CapacityError: what was asked cannot be served; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        generation_config: str = "auto",
+        override_generation_config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        load, engine_config = split_options(options)
+        token = load.hf_token if isinstance(load.hf_token, str) else None
+        path = resolve(model, revision=load.revision, token=token)
+        checkpoint = read_checkpoint(path, load)
+        self._tokenizer = None
+        if not skip_tokenizer_init:
+            source = checkpoint.tokenizer_source if tokenizer is None else resolve(tokenizer, token=token)
+            self._tokenizer = _read_tokenizer(source)
+        self._generation_config = _generation_config(generation_config, checkpoint.generation_config)
+        self._generation_config |= override_generation_config or {}
+        engine, self.model_config, self.config = build_engine(
+            path,
+            load,
+            engine_config,
+            tokenizer=self._tokenizer,
+            generation_config=self._generation_config,
+            checkpoint=checkpoint,
+        )
+        self._normalize = checkpoint.embedding_modules is not None and checkpoint.embedding_modules.normalize
+        self._engine = AsyncEngine(engine)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; results come in the prompts' order.
+
+        Args:
+            prompts: one or many texts, token-id lists, or `{"prompt_token_ids": [...]}`.
+            sampling_params: one for all, or one per prompt; None takes the model's defaults.
+            use_tqdm: show a progress bar.
+            lora_request: not served yet; only None is accepted.
+            priority: one per prompt; lower runs first under `scheduling_policy="priority"`.
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served. Nothing is run then.
+        """
+        _refuse_lora(lora_request)
+        prompts = _as_list(prompts)
+        params = self._params_per_prompt(sampling_params, len(prompts))
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        _check_length("priority", len(priorities), len(prompts))
+        sources = [
+            self._engine.engine.inputs.generation(
+                self._engine.new_request_id(),
+                prompt,
+                each.replace(output_kind=RequestOutputKind.FINAL_ONLY),
+                priority=rank,
+            )
+            for prompt, each, rank in zip(prompts, params, priorities, strict=True)
+        ]
+        return [output for output in self._run(sources, use_tqdm) if isinstance(output, RequestOutput)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, each a list of `{"role": ..., "content": ...}`; see `generate`."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts: list[Prompt] = [
+            self._chat_prompt(
+                conversation,
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    async def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield one request's outputs as they grow (`sampling_params.output_kind` says how); a conversation is a chat.
+
+        Leaving the loop early aborts the request.
+        """
+        _refuse_lora(lora_request)
+        if not isinstance(prompt, str | dict) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self._chat_prompt(prompt)
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        inputs = self._engine.engine.inputs
+        source = inputs.generation(self._engine.new_request_id(), prompt, params, priority=priority)
+        async for output in self._engine.stream(source):
+            assert isinstance(output, RequestOutput)
+            yield output
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, normalize: bool | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """Return one vector per prompt; `normalize` makes its length 1 (None: as the checkpoint's modules say)."""
+        prompts = _as_list(prompts)
+        inputs = self._engine.engine.inputs
+        sources = [inputs.embedding(self._engine.new_request_id(), prompt) for prompt in prompts]
+        outputs = [output for output in self._run(sources, use_tqdm) if isinstance(output, EmbeddingRequestOutput)]
+        return [_normalized(output) for output in outputs] if (normalize or (normalize is None and self._normalize)) else outputs
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises `ConfigError` when there is none."""
+        if self._tokenizer is None:
+            raise ConfigError("there is no tokenizer: the LLM was made with skip_tokenizer_init=True")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return sampling parameters with the model's defaults."""
+        return SamplingParams.from_defaults(self._generation_config)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing happens, while requests run."""
+        return self._engine.call(lambda engine: engine.scheduler.reset_prefix_cache())
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled after start-up; anything but 0 is a mistake of this package."""
+        return self._engine.engine.runner.num_compilations
+
+    def shutdown(self) -> None:
+        """Stop the engine and free the device's memory; the object cannot be used after that."""
+        self._engine.shutdown()
+
+    def _params_per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        _check_length("sampling_params", len(params), count)
+        return list(params)
+
+    def _chat_prompt(self, messages: Sequence[Message], **options: Any) -> Prompt:
+        tokenizer = self.get_tokenizer()
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        # The template writes its own special tokens; the tokenizer must not add them once more.
+        return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    def _run(self, sources: list[ProcessedInput], use_tqdm: bool) -> list[Output]:
+        """Submit requests, wait for all, and return their last outputs in order. An interrupt aborts them."""
+        done: queue.SimpleQueue[Output | BaseException] = queue.SimpleQueue()
+        self._engine.submit([(source, done.put) for source in sources])
+        finished: dict[str, Output] = {}
+        tokens = 0
+        try:
+            with tqdm(total=len(sources), desc="Processed prompts", disable=not use_tqdm) as progress:
+                while len(finished) < len(sources):
+                    output = done.get()
+                    if isinstance(output, BaseException):
+                        raise output
+                    if not output.finished:
+                        continue
+                    finished[output.request_id] = output
+                    if isinstance(output, RequestOutput):
+                        tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                        elapsed = progress.format_dict["elapsed"]
+                        progress.set_postfix_str(f"output: {tokens / max(elapsed, 1e-9):.1f} tokens/s", refresh=False)
+                    progress.update()
+        except BaseException:
+            self._engine.abort([source.request_id for source in sources if source.request_id not in finished])
+            raise
+        return [finished[source.request_id] for source in sources]
+
+
+def _read_tokenizer(source: Path | dict[str, Any]) -> Tokenizer:
+    if isinstance(source, dict):
+        return Tokenizer.from_gguf(source)
+    return Tokenizer.from_dir(source)
+
+
+def _generation_config(choice: str, of_model: Mapping[str, Any]) -> dict[str, Any]:
+    if choice == "auto":
+        return dict(of_model)
+    if choice == "vllm":
+        return {}
+    path = Path(choice) / "generation_config.json"
+    if not path.is_file():
+        raise ConfigError(f"generation_config={choice!r} is not 'auto', 'vllm', or a folder with generation_config.json")
+    return read_json(path)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts as a list; a text, a dict or a list of token ids is one prompt."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return prompts  # pyright: ignore[reportReturnType]
+
+
+def _check_length(name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise RequestError(f"{name} has {found} entries for {expected} prompts; pass one per prompt")
+
+
+def _refuse_lora(lora_request: object) -> None:
+    requests = lora_request if isinstance(lora_request, list | tuple) else [lora_request]
+    if any(request is not None for request in requests):
+        raise AdapterError(f"lora_request={lora_request!r}: LoRA adapters are not served yet; leave it out")
+
+
+def _normalized(output: EmbeddingRequestOutput) -> EmbeddingRequestOutput:
+    vector = np.asarray(output.outputs.embedding)
+    unit = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return EmbeddingRequestOutput(
+        request_id=output.request_id,
+        outputs=EmbeddingOutput(embedding=unit.tolist()),
+        prompt_token_ids=output.prompt_token_ids,
+        finished=output.finished,
+    )

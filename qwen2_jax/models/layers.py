@@ -1,0 +1,114 @@
+"""The pieces of a Qwen2 layer that hold weights. Each weight's sharding over `"tp"` stands beside its shape."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_jax.parallel import TP, out_sharding
+
+Shape = tuple[int, ...]
+Axes = tuple[str | None, ...]
+
+
+def weight(rngs: nnx.Rngs, shape: Shape, axes: Axes, std: float, dtype: jnp.dtype) -> nnx.Param[Array]:
+    """Return a normally distributed weight whose axes are sharded over the mesh axes named in `axes`."""
+    return nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype), sharding_names=axes)
+
+
+class Qwen2RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) of the sum of its input and the residual."""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype), sharding_names=(None,))
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "T D"], residual: Float[Array, "T D"] | None = None
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each."""
+        total = x.astype(jnp.float32)
+        if residual is not None:
+            total = total + residual.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(total), axis=-1, keepdims=True) + self.eps)
+        normed = total * scale * self.weight[...].astype(jnp.float32)[None, :]
+        return normed.astype(x.dtype), total.astype(x.dtype)
+
+
+class VocabEmbedding(nnx.Module):
+    """Token embeddings with the vocabulary's rows split over the devices; also the LM head, tied or on its own."""
+
+    def __init__(self, vocab_size: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.embedding = weight(rngs, (vocab_size, size), (TP, None), std, dtype)
+
+    def __call__(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Look tokens up; one all-reduce."""
+        return self.embedding[...].at[input_ids].get(out_sharding=out_sharding(None, None))
+
+    def attend(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Return each token's logits in float32, whole on every device."""
+        logits = jnp.einsum("td,vd->tv", x, self.embedding[...], preferred_element_type=jnp.float32)
+        sharding = out_sharding(None, None)
+        return logits if sharding is None else jax.sharding.reshard(logits, sharding)
+
+
+class QKVProj(nnx.Module):
+    """The fused query, key and value projection, grouped by KV head: its G query heads, its key, its value."""
+
+    def __init__(
+        self, size: int, kv_heads: int, group: int, head_dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.kernel = weight(rngs, (size, kv_heads, group + 2, head_dim), (None, TP, None, None), std, dtype)
+        self.bias = nnx.Param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), sharding_names=(TP, None, None))
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T K G+2 H"]:
+        """Project; no communication."""
+        return jnp.einsum("td,dkgh->tkgh", x, self.kernel[...]) + self.bias[...][None]
+
+
+class OProj(nnx.Module):
+    """The attention's output projection, row-parallel."""
+
+    def __init__(
+        self, size: int, kv_heads: int, group: int, head_dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.kernel = weight(rngs, (kv_heads, group, head_dim, size), (TP, None, None, None), std, dtype)
+
+    def __call__(self, x: Float[Array, "T K G H"]) -> Float[Array, "T D"]:
+        """Project; one all-reduce."""
+        return jnp.einsum("tkgh,kghd->td", x, self.kernel[...], out_sharding=out_sharding(None, None))
+
+
+class GateUpProj(nnx.Module):
+    """The MLP's fused gate (index 0) and up (index 1) projections."""
+
+    def __init__(self, size: int, intermediate: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.kernel = weight(rngs, (size, 2, intermediate), (None, None, TP), std, dtype)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T 2 F"]:
+        """Project; no communication."""
+        return jnp.einsum("td,dcf->tcf", x, self.kernel[...])
+
+
+class DownProj(nnx.Module):
+    """The MLP's output projection, row-parallel."""
+
+    def __init__(self, intermediate: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.kernel = weight(rngs, (intermediate, size), (TP, None), std, dtype)
+
+    def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "T D"]:
+        """Project; one all-reduce."""
+        return jnp.einsum("tf,fd->td", x, self.kernel[...], out_sharding=out_sharding(None, None))
+
+
+class Linear(nnx.Module):
+    """A dense layer that every device holds whole."""
+
+    def __init__(self, size: int, out_size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.kernel = weight(rngs, (size, out_size), (None, None), std, dtype)
+        self.bias = nnx.Param(jnp.zeros((out_size,), dtype), sharding_names=(None,))
+
+    def __call__(self, x: Float[Array, "R D"]) -> Float[Array, "R E"]:
+        """Return `x @ kernel + bias`."""
+        return jnp.einsum("rd,de->re", x, self.kernel[...]) + self.bias[...][None]

@@ -1,0 +1,135 @@
+"""Writes and reads the model's own tree with Orbax, beside the config and the tokenizer's files.
+
+A folder holds `params/` (the tree with the checkpoint's sizes, whatever the mesh), `config.json`, and either the
+tokenizer's files or, converted from GGUF, `gguf_metadata.json`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qwen2_jax.errors import CheckpointError
+from qwen2_jax.models.checkpoint import Checkpoint, TensorEntry, read_generation_config, read_json
+from qwen2_jax.models.sentence_transformers import read_modules
+from qwen2_jax.models.weight_table import LeafPath
+
+_PARAMS = "params"
+_GGUF_METADATA = "gguf_metadata.json"
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "[0-9]_*/config.json")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json")
+
+
+def leaf_name(path: LeafPath) -> str:
+    """Return the name of a leaf of the tree, e.g. `model/layers/0/mlp/down_proj/kernel`."""
+    return "/".join(map(str, path))
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether `folder` was written by `save_orbax`."""
+    return (folder / _PARAMS / "_CHECKPOINT_METADATA").is_file()
+
+
+def save_orbax(folder: Path, params: Mapping[Any, Any], *, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Write `params`, a tree in the checkpoint's own sizes, `config` in Hugging Face's keys, and the tokenizer.
+
+    Raises `CheckpointError` where `folder` is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / _PARAMS, _string_keys(params))
+    _write_json(folder / "config.json", config)
+    source = checkpoint.tokenizer_source
+    if isinstance(source, Path):
+        _copy_files(source, folder)
+    else:
+        _write_json(folder / _GGUF_METADATA, source)
+
+
+def open_orbax(folder: Path) -> Checkpoint:
+    """Open a folder that `save_orbax` wrote. Raises `CheckpointError` where it is damaged."""
+    directory = folder.absolute() / _PARAMS
+    checkpointer = ocp.PyTreeCheckpointer()
+    try:
+        tree = checkpointer.metadata(directory).item_metadata.tree
+        tensors = {leaf_name(path): _entry(checkpointer, directory, path, leaf) for path, leaf in _walk(tree)}
+    # Orbax raises whatever the damaged part leads to: its own, tensorstore's and Python's types.
+    except Exception as error:
+        raise CheckpointError(f"{folder} is not a whole Orbax checkpoint ({error}); convert it again") from error
+    metadata = folder / _GGUF_METADATA
+    return Checkpoint(
+        path=folder,
+        format="orbax",
+        config=read_json(folder / "config.json"),
+        generation_config=read_generation_config(folder),
+        tokenizer_source=read_json(metadata) if metadata.is_file() else folder,
+        tensors=tensors,
+        embedding_modules=read_modules(folder)[0] if (folder / "modules.json").is_file() else None,
+    )
+
+
+def _entry(checkpointer: ocp.PyTreeCheckpointer, directory: Path, path: tuple[str, ...], leaf: Any) -> TensorEntry:
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    return TensorEntry(
+        shape=shape,
+        dtype=dtype.name,
+        nbytes=dtype.itemsize * int(np.prod(shape)),
+        load=_loader(checkpointer, directory, path),
+    )
+
+
+def _loader(checkpointer: ocp.PyTreeCheckpointer, directory: Path, path: tuple[str, ...]) -> Callable[[], np.ndarray]:
+    def load() -> np.ndarray:
+        args = ocp.args.PyTreeRestore(
+            item=_nest(path, 0),
+            restore_args=_nest(path, ocp.RestoreArgs(restore_type=np.ndarray)),
+            partial_restore=True,
+        )
+        try:
+            value = checkpointer.restore(directory, args=args)
+        # As in `open_orbax`.
+        except Exception as error:
+            raise CheckpointError(
+                f"{directory}: {leaf_name(path)!r} cannot be read ({error}); convert it again"
+            ) from error
+        for key in path:
+            value = value[key]
+        return value
+
+    return load
+
+
+def _walk(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if not isinstance(tree, Mapping):
+        return [(path, tree)]
+    return [found for key, below in tree.items() for found in _walk(below, (*path, key))]
+
+
+def _nest(path: tuple[str, ...], value: Any) -> Any:
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def _string_keys(tree: Any) -> Any:
+    return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's and the generation's files, and what sentence-transformers says of its modules."""
+    for pattern in _COPIED:
+        for file in sorted(source.glob(pattern)):
+            target = folder / file.relative_to(source)
+            if str(file.relative_to(source)) not in _NOT_COPIED:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)

@@ -1,0 +1,192 @@
+"""Qwen2 and Qwen2.5: the decoder, the language model and the embeddings model.
+
+Everything is a pure function of its arguments: the cache goes in and comes out, and the step's metadata is one
+`StepBatch`. Under a mesh the weights are sharded over its axis `"tp"`; with none set the modules run as they are.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.models.activations import ACTIVATIONS
+from qwen2_jax.models.batch import StepBatch
+from qwen2_jax.models.layers import DownProj, GateUpProj, Linear, OProj, QKVProj, Qwen2RMSNorm, VocabEmbedding
+from qwen2_jax.models.ops import KVPair, attention, write_kv_cache
+from qwen2_jax.models.rope import rope_cos_sin, rope_frequencies
+from qwen2_jax.parallel import HeadLayout, pad_to_multiple
+
+KVCache = tuple[KVPair, ...]
+
+
+class FlashQwen2Attention(nnx.Module):
+    """Grouped-query attention over the paged cache, with biases on q, k and v and an optional sliding window."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, tp: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        heads = HeadLayout(config.num_attention_heads, config.num_key_value_heads, tp)
+        sizes = (config.hidden_size, heads.padded_kv_heads, heads.padded_group, config.head_dim)
+        self.qkv_proj = QKVProj(*sizes, std=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.o_proj = OProj(*sizes, std=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.window = config.layer_windows[layer]
+        self.causal = config.is_causal
+
+    def __call__(
+        self, x: Float[Array, "T D"], rope: tuple[Array, Array], batch: StepBatch, kv_cache: KVPair
+    ) -> tuple[Float[Array, "T D"], KVPair]:
+        """Attend; `rope` is cosine and sine at the tokens' positions, [T, H/2] each."""
+        q, kv_cache = write_kv_cache(self.qkv_proj(x), rope, kv_cache, batch)
+        attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
+        return self.o_proj(attended), kv_cache
+
+
+class Qwen2MLP(nnx.Module):
+    """The gated MLP, down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, *, tp: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        intermediate = pad_to_multiple(config.intermediate_size, tp)
+        std = config.initializer_range
+        self.gate_up_proj = GateUpProj(config.hidden_size, intermediate, std=std, dtype=dtype, rngs=rngs)
+        self.down_proj = DownProj(intermediate, config.hidden_size, std=std, dtype=dtype, rngs=rngs)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Apply the MLP to each token."""
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(ACTIVATIONS[self.hidden_act](gate_up[:, 0]) * gate_up[:, 1])
+
+
+class FlashQwen2Layer(nnx.Module):
+    """One decoder layer. The residual addition after the MLP is left to the next norm."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, tp: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = FlashQwen2Attention(config, layer, tp=tp, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = Qwen2MLP(config, tp=tp, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        residual: Float[Array, "T D"] | None,
+        rope: tuple[Array, Array],
+        batch: StepBatch,
+        kv_cache: KVPair,
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], KVPair]:
+        """Return the MLP's output, the residual to add to it, and the layer's cache."""
+        x, residual = self.input_layernorm(x, residual)
+        x, kv_cache = self.self_attn(x, rope, batch, kv_cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual, kv_cache
+
+
+class FlashQwen2Model(nnx.Module):
+    """Token embeddings, the decoder layers and the final norm."""
+
+    def __init__(
+        self, config: ModelConfig, *, tp: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs | None = None
+    ) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        vocab_size = pad_to_multiple(config.vocab_size, tp)
+        std = config.initializer_range
+        self.embed_tokens = VocabEmbedding(vocab_size, config.hidden_size, std=std, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [FlashQwen2Layer(config, i, tp=tp, dtype=dtype, rngs=rngs) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.config = config
+
+    def __call__(self, batch: StepBatch, kv_cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
+        """Return each token's final hidden state, and the cache with the step's keys and values in it."""
+        config = self.config
+        frequencies, scaling = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
+        rope = rope_cos_sin(batch.position_ids, frequencies, scaling)
+        x, residual, caches = self.embed_tokens(batch.input_ids), None, []
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
+            with jax.named_scope(f"layer_{index}"):
+                x, residual, layer_cache = layer(x, residual, rope, batch, layer_cache)
+            caches.append(layer_cache)
+        x, _ = self.norm(x, residual)
+        return x, tuple(caches)
+
+
+class FlashQwen2ForCausalLM(nnx.Module):
+    """The language model."""
+
+    def __init__(
+        self, config: ModelConfig, *, tp: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs | None = None
+    ) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.model = FlashQwen2Model(config, tp=tp, dtype=dtype, rngs=rngs)
+        if config.has_lm_head:
+            vocab_size, std = pad_to_multiple(config.vocab_size, tp), config.initializer_range
+            self.lm_head = VocabEmbedding(vocab_size, config.hidden_size, std=std, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        batch: StepBatch,
+        kv_cache: KVCache,
+        *,
+        lm_head_indices: Int[Array, " Q"] | None = None,
+        skip_lm_head: bool = False,
+    ) -> tuple[tuple[Float[Array, "Q V"], None], KVCache]:
+        """Run one step.
+
+        Args:
+            batch: the step's tokens and rows.
+            kv_cache: one pair of pools per layer; donate it.
+            lm_head_indices: the tokens of T whose logits are wanted; None means all.
+            skip_lm_head: return the hidden states [Q, D] instead of logits.
+
+        Returns:
+            `((logits, speculative_logits), kv_cache)`: logits in float32 over the true vocabulary, and None, since
+            there is no speculative head.
+        """
+        hidden, kv_cache = self.model(batch, kv_cache)
+        if lm_head_indices is not None:
+            hidden = hidden[lm_head_indices]
+        return (hidden if skip_lm_head else self.compute_logits(hidden), None), kv_cache
+
+    def compute_logits(self, hidden: Float[Array, "Q D"]) -> Float[Array, "Q V"]:
+        """Return the logits of final hidden states, float32, without the vocabulary's padding."""
+        head = self.lm_head if self.config.has_lm_head else self.model.embed_tokens
+        return head.attend(hidden)[:, : self.config.vocab_size]
+
+
+class FlashQwen2ForEmbeddings(nnx.Module):
+    """The embeddings model: the decoder, a mean over each sequence's tokens, and a dense layer."""
+
+    def __init__(
+        self, config: ModelConfig, *, tp: int = 1, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs | None = None
+    ) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.model = FlashQwen2Model(config, tp=tp, dtype=dtype, rngs=rngs)
+        if config.embedding_dim is not None:
+            std = config.initializer_range
+            self.linear = Linear(config.hidden_size, config.embedding_dim, std=std, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def __call__(self, batch: StepBatch, kv_cache: KVCache) -> tuple[tuple[Float[Array, "R E"], None], KVCache]:
+        """Return `((embeddings, None), kv_cache)` for rows that are whole sequences; float32, not normalised."""
+        hidden, kv_cache = self.model(batch, kv_cache)
+        return (self.project(pool_sum(hidden, batch), batch.context_lens), None), kv_cache
+
+    def project(self, total: Float[Array, "R D"], lengths: Int[Array, " R"]) -> Float[Array, "R E"]:
+        """Return embeddings from each sequence's summed hidden states and its length in tokens."""
+        mean = total / jnp.maximum(lengths, 1)[:, None].astype(jnp.float32)
+        return mean if self.config.embedding_dim is None else self.linear(mean).astype(jnp.float32)
+
+
+def pool_sum(hidden: Float[Array, "T D"], batch: StepBatch) -> Float[Array, "R D"]:
+    """Return the sum of each row's hidden states in float32; tokens past the last row's end count for none."""
+    if batch.query_start_loc is None:
+        return hidden.astype(jnp.float32)
+    rows = batch.query_start_loc.shape[0] - 1
+    row = jnp.searchsorted(batch.query_start_loc, jnp.arange(hidden.shape[0]), side="right") - 1
+    return jax.ops.segment_sum(hidden.astype(jnp.float32), row, num_segments=rows + 1)[:rows]

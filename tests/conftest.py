@@ -1,0 +1,27 @@
+"""Settings of the whole suite, made before any test imports jax, and the order in which the tests run."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Cheap packages first, so that a mistake shows early; what is not listed runs after them, and `slow` tests last.
+_FOLDERS = ("tests", "config", "text", "cache", "engine")
+
+
+def _rank(item: pytest.Item) -> tuple[bool, int]:
+    folder = item.path.parent.name
+    place = _FOLDERS.index(folder) if folder in _FOLDERS else len(_FOLDERS)
+    return item.get_closest_marker("slow") is not None, place
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run milliseconds before seconds: by folder, then everything marked `slow`."""
+    items.sort(key=_rank)

@@ -1,0 +1,59 @@
+"""Short words for the scheduler's tests: a small scheduler, small requests, and one call after another."""
+
+from typing import Any
+
+from qwen2_jax.engine.request import Request
+from qwen2_jax.engine.schedule import SchedulerConfig, SchedulerOutput
+from qwen2_jax.engine.scheduler import Scheduler
+from qwen2_jax.types import SamplingParams
+
+EOS = 0
+
+
+def make_scheduler(num_blocks: int = 100, **changes: Any) -> Scheduler:
+    options: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        "block_size": 4,
+    } | changes
+    return Scheduler(SchedulerConfig(**options), num_blocks)
+
+
+def make_request(name: str, prompt: int | list[int], max_tokens: int | None = 8, **options: Any) -> Request:
+    """A request named `name` whose prompt is given, or has that many tokens that no other request shares."""
+    defaults: dict[str, Any] = {
+        "max_model_len": 64,
+        "eos_token_ids": (EOS,),
+        "sampling_params": SamplingParams(max_tokens=max_tokens),
+    }
+    tokens = [ord(name)] * prompt if isinstance(prompt, int) else prompt
+    return Request(request_id=name, prompt_token_ids=tokens, **(defaults | options))
+
+
+def add(scheduler: Scheduler, *requests: Request) -> None:
+    for request in requests:
+        scheduler.add(request)
+
+
+def launch(scheduler: Scheduler) -> SchedulerOutput:
+    output = scheduler.schedule()
+    assert output is not None
+    scheduler.check_integrity()
+    return output
+
+
+def read(scheduler: Scheduler, output: SchedulerOutput, token: int = 5) -> list[Request]:
+    changed = scheduler.update(output, [[token] * output.num_steps if row.samples else [] for row in output.rows])
+    scheduler.check_integrity()
+    return changed
+
+
+def step(scheduler: Scheduler, token: int = 5) -> SchedulerOutput:
+    output = launch(scheduler)
+    read(scheduler, output, token)
+    return output
+
+
+def shape(output: SchedulerOutput) -> list[tuple[str, int, int, bool]]:
+    return [(row.request.request_id, row.start, row.num_tokens, row.samples) for row in output.rows]

@@ -1,0 +1,102 @@
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import CheckpointError
+from qwen2_jax.models.checkpoint import Checkpoint
+from qwen2_jax.models.orbax import save_orbax
+from qwen2_jax.models.weight_layout import WeightLayout
+from qwen2_jax.models.weights import load_weights, open_checkpoint
+from qwen2_jax.parallel import HeadLayout
+from scripts.make_tiny_model import make_tiny_model, tiny_config, tiny_tensors
+
+
+def load(checkpoint: Checkpoint, dtype: Any, layout: WeightLayout | None = None) -> dict[tuple[Any, ...], np.ndarray]:
+    leaves: dict[tuple[Any, ...], np.ndarray] = {}
+    config = ModelConfig.from_hf(checkpoint.config)
+    load_weights(checkpoint, config, dtype=dtype, put=leaves.__setitem__, layout=layout, use_tqdm=False)
+    return leaves
+
+
+def convert(source: Path, target: Path, dtype: Any = np.float32) -> Checkpoint:
+    checkpoint = open_checkpoint(source)
+    config = ModelConfig.from_hf(checkpoint.config)
+    params = load_weights(checkpoint, config, dtype=dtype, put=lambda _, array: array, use_tqdm=False)
+    save_orbax(target, params, config=checkpoint.config, checkpoint=checkpoint)
+    return open_checkpoint(target)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_gives_the_same_bits(tmp_path: Path, dtype: Any):
+    source = make_tiny_model(tmp_path / "hf", torch_dtype=np.dtype(dtype).name)
+    converted = convert(source, tmp_path / "orbax", dtype)
+    assert converted.format == "orbax" and converted.config == open_checkpoint(source).config
+    ours, theirs = load(converted, dtype), load(open_checkpoint(source), dtype)
+    assert list(ours) == list(theirs)
+    for path, leaf in ours.items():
+        assert leaf.dtype == dtype and leaf.tobytes() == theirs[path].tobytes()
+
+
+def test_is_laid_out_for_any_mesh(tmp_path: Path):
+    converted = convert(make_tiny_model(tmp_path / "hf"), tmp_path / "orbax")
+    layout = WeightLayout(heads=HeadLayout(4, 2, 4), intermediate_size=56, vocab_size=168)
+    ours, theirs = (load(c, np.float32, layout) for c in (converted, open_checkpoint(tmp_path / "hf")))
+    assert ours["model", "layers", 0, "self_attn", "qkv_proj", "kernel"].shape == (32, 4, 3, 8)
+    assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+
+def test_keeps_the_tokenizer_and_the_generation_config(tmp_path: Path):
+    source = make_tiny_model(tmp_path / "hf")
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    (source / "chat_template.jinja").write_text("{{ x }}")
+    (source / "generation_config.json").write_text('{"top_k": 3}')
+    converted = convert(source, tmp_path / "orbax")
+    assert converted.tokenizer_source == tmp_path / "orbax"
+    assert (tmp_path / "orbax" / "tokenizer.json").read_text() == '{"a": 1}'
+    assert (tmp_path / "orbax" / "chat_template.jinja").read_text() == "{{ x }}"
+    assert converted.generation_config == {"top_k": 3}
+    assert not list((tmp_path / "orbax").glob("*.safetensors*"))
+
+
+def test_keeps_the_metadata_of_a_gguf_file(tmp_path: Path):
+    config = tiny_config()
+    params = {"model": {"norm": {"weight": np.ones(32, np.float32)}}}
+    metadata = {"tokenizer.ggml.tokens": ["é", "b"], "tokenizer.ggml.eos_token_id": 1}
+    source = Checkpoint(path=tmp_path, format="gguf", config=config, tokenizer_source=metadata, tensors={})
+    save_orbax(tmp_path / "orbax", params, config=config, checkpoint=source)
+    assert open_checkpoint(tmp_path / "orbax").tokenizer_source == metadata
+
+
+def test_never_overwrites(tmp_path: Path):
+    source = make_tiny_model(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="is not empty; name a new folder"):
+        convert(source, source)
+
+
+def test_an_unfitting_tree_is_named(tmp_path: Path):
+    convert(make_tiny_model(tmp_path / "hf"), tmp_path / "orbax")
+    (tmp_path / "orbax" / "config.json").write_text((tmp_path / "hf" / "config.json").read_text().replace("48", "50"))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj/kernel' has shape \[32, 2, 48\], .* needs \[32, 2, 50\]"):
+        load(open_checkpoint(tmp_path / "orbax"), np.float32)
+
+
+def test_a_damaged_folder_is_named(tmp_path: Path):
+    convert(make_tiny_model(tmp_path / "hf"), tmp_path / "orbax")
+    params = tmp_path / "orbax" / "params"
+    for file in params.rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.unlink()
+    with pytest.raises(CheckpointError, match="convert it again"):
+        load(open_checkpoint(tmp_path / "orbax"), np.float32)
+    (params / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match="is not a whole Orbax checkpoint"):
+        open_checkpoint(tmp_path / "orbax")
+
+
+def test_tiny_tensors_are_reproducible():
+    one, two = (tiny_tensors(tiny_config(), seed=5) for _ in range(2))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
