@@ -1,5 +1,5 @@
 # `make demo` and `make test` work from a fresh clone: they find a Python, make .venv from the locked versions, and run.
-# PYTHON=/path/to/python chooses the interpreter that .venv is made with.
+# PYTHON=/path/to/python chooses the interpreter that .venv is made with (`make clean` first to change it).
 PYTHON :=
 RUN := .venv/bin/python
 

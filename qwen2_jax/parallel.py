@@ -1,6 +1,6 @@
 """The device mesh, its one axis `"tp"`, and how heads, MLP columns and vocabulary rows are laid out over it.
 
-Weights carry their sharding from birth (`sharding_names` in `models/layers.py`); this module says what the names mean.
+Weights carry their sharding from birth (`out_sharding` in `models/layers.py`); this module says what the names mean.
 """
 
 import math

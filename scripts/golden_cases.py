@@ -51,7 +51,7 @@ ALTERNATING = ["full_attention", "sliding_attention", "full_attention", "sliding
 CAUSAL_CASES = (
     case("untied", tie_word_embeddings=False, torch_dtype="float32"),
     case("tied", rope_theta=10000.0, control={"rope_theta": 1000000.0}),
-    case("heads_14_2", hidden_size=112, num_attention_heads=14, tie_word_embeddings=False),
+    case("heads_14_2", hidden_size=112, num_attention_heads=14),
     case("heads_7_1", hidden_size=56, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=False),
     case("heads_4_4", num_key_value_heads=4, rms_norm_eps=1e-05),
     case("head_dim", head_dim=32),
@@ -99,14 +99,14 @@ CAUSAL_CASES = (
         rope_scaling=LLAMA3 | {"original_max_position_embeddings": 32},
         control={"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
-    case("gelu", hidden_act="gelu", control={"hidden_act": "silu"}),
+    case("gelu", hidden_act="gelu", control={"hidden_act": "gelu_pytorch_tanh"}),
     case("gelu_tanh", hidden_act="gelu_pytorch_tanh", control={"hidden_act": "silu"}),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingCase:
-    """A FlashQwen2ForEmbeddings checkpoint laid out as sentence-transformers does; `prefix` starts its tensors' names."""
+    """A FlashQwen2ForEmbeddings checkpoint in sentence-transformers' layout; `prefix` starts its tensors' names."""
 
     name: str
     config: dict[str, Any]
@@ -138,7 +138,8 @@ class EmbeddingCase:
         return files
 
 
-EMBEDDING_BASE = BASE | {"architectures": ["Qwen2Model"], "vocab_size": 256, "num_hidden_layers": 2}
+SPECIAL_TOKENS = {"bos_token_id": 254, "eos_token_id": 255}
+EMBEDDING_BASE = BASE | {"architectures": ["Qwen2Model"], "vocab_size": 256, "num_hidden_layers": 2} | SPECIAL_TOKENS
 EMBEDDING_CASES = (
     EmbeddingCase(name="embed_causal", config=EMBEDDING_BASE, prefix="", embedding_dim=48, normalize=False),
     EmbeddingCase(

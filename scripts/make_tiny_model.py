@@ -100,6 +100,34 @@ def make_tiny_model(folder: Path, *, seed: int = 0, shards: int = 1, **changes: 
     return write_checkpoint(folder, config, tiny_tensors(config, seed=seed), shards=shards)
 
 
+def make_tiny_sentence_transformer(
+    folder: Path,
+    *,
+    embedding_dim: int = 12,
+    bias: bool = True,
+    pooling: str = "mean_tokens",
+    activation: str = "linear.Identity",
+    **changes: Any,
+) -> Path:
+    """Write a tiny sentence-transformers folder: transformer, pooling, a dense layer, normalisation; returns it."""
+    config = tiny_config(**{"architectures": ["Qwen2Model"], **changes})
+    write_checkpoint(folder, config, tiny_tensors(config))
+    names = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3_Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in names.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "2_Dense"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    dense = {"bias": bias, "activation_function": f"torch.nn.modules.{activation}"}
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    rng = np.random.default_rng(3)
+    tensors = {"linear.weight": rng.normal(size=(embedding_dim, config["hidden_size"])).astype(np.float32)}
+    if bias:
+        tensors["linear.bias"] = rng.normal(size=embedding_dim).astype(np.float32)
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
 def main() -> None:
     """Write the checkpoint that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,6 +6,8 @@ set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")/.."
 name=$1 interpreter=${2:-}
+home=${HOME:-/root}
+data=${XDG_DATA_HOME:-$home/.local/share}
 
 # The locked versions have wheels for these, and a virtual environment needs the modules that a few distributions split off.
 suitable() {
@@ -19,12 +21,13 @@ import ctypes, ensurepip, ssl, venv
 candidates() {
     type -ap python3.13 python3.12 python3.14 python3 python || true
     # pyenv's shims refuse to run a version that is not the selected one; the interpreters themselves run.
-    printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[234]*/bin/python
+    printf '%s\n' "${PYENV_ROOT:-$(pyenv root 2>/dev/null || echo "$home/.pyenv")}"/versions/3.1[234]*/bin/python
     if command -v uv >/dev/null; then UV_PYTHON_DOWNLOADS=never uv python find '>=3.12,<3.15' 2>/dev/null || true; fi
-    printf '%s\n' "${XDG_DATA_HOME:-$HOME/.local/share}"/uv/python/cpython-3.1[234]*/bin/python3 \
-        "$HOME"/.local/bin/python3.1[234] /usr/local/bin/python3.1[234] /opt/homebrew/bin/python3.1[234] \
-        /opt/python*/bin/python3 /opt/python/cp31[234]-cp31[234]/bin/python /usr/local/python*/bin/python3 \
-        "$HOME"/{miniconda3,miniforge3,anaconda3}/bin/python /opt/{conda,miniconda3,miniforge3}/bin/python
+    printf '%s\n' "$data"/uv/python/cpython-3.1[234]*/bin/python3 "$data"/mise/installs/python/3.1[234]*/bin/python \
+        "$home"/.asdf/installs/python/3.1[234]*/bin/python "$home"/.local/bin/python3.1[234] \
+        /usr/local/bin/python3.1[234] /opt/homebrew/bin/python3.1[234] /opt/python*/bin/python3 \
+        /opt/python/cp31[234]-cp31[234]/bin/python /usr/local/python*/bin/python3 \
+        "$home"/{miniconda3,miniforge3,anaconda3}/bin/python /opt/{conda,miniconda3,miniforge3}/bin/python
 }
 
 find_python() {
@@ -47,8 +50,8 @@ show_progress() {
     local total=$1 count=0 line
     while read -r line; do
         case $line in
-            Collecting*) count=$((count + 1)) && line="[$count/$total] ${line#Collecting }" ;;
-            "Installing collected"*) line="unpacking $count packages" ;;
+            Collecting* | Processing*) count=$((count + 1)) && line="[$count/$total] ${line#* }" ;;
+            "Installing collected"*) line="[$total/$total] unpacking" ;;
             *) continue ;;
         esac
         if [ -t 1 ]; then printf '\r\033[K%s' "${line%% (from*}"; fi

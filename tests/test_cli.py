@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from qwen2_jax.cli import DEFAULT_MAX_TOKENS, main
-from qwen2_jax.cli_options import COMMANDS, ENGINE_OPTIONS, SAMPLING_OPTIONS, parse
-from qwen2_jax.config import CacheConfig, EngineConfig, LoadConfig
+from qwen2_jax.cli_options import COMMANDS, SAMPLING_OPTIONS, parse
 from qwen2_jax.errors import CheckpointError, RequestError
 from qwen2_jax.types import (
     CompletionOutput,
@@ -252,7 +251,5 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(out.count(f"  {name} ") == 2 for name in COMMANDS)
 
 
-def test_options_are_arguments_of_the_engine_and_the_sampler() -> None:
-    engine = {field.name for config in (LoadConfig, CacheConfig, EngineConfig) for field in fields(config)}
-    assert ENGINE_OPTIONS.keys() <= engine | {"tokenizer", "generation_config"}
+def test_sampling_options_are_sampling_parameters() -> None:
     assert SAMPLING_OPTIONS.keys() <= {field.name for field in fields(SamplingParams)}

@@ -3,12 +3,13 @@
 import ast
 import importlib
 import inspect
-import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from dataclasses import fields
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import qwen2_jax
+from qwen2_jax.cli_options import ENGINE_OPTIONS
+from qwen2_jax.config import CacheConfig, EngineConfig, LoadConfig
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -54,16 +57,40 @@ def test_console_script_is_importable() -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_engine_options_of_the_command_line_are_arguments_of_the_llm() -> None:
+    options = {field.name for config in (LoadConfig, CacheConfig, EngineConfig) for field in fields(config)}
+    assert ENGINE_OPTIONS.keys() <= options | inspect.signature(qwen2_jax.LLM).parameters.keys()
+
+
+def _build(target: str, source: Path, destination: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(destination)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    [built] = destination.iterdir()
+    return built
+
+
 @pytest.mark.slow
 def test_wheel_ships_the_two_packages_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    """By way of the source distribution, as a package index would build it."""
+    with tarfile.open(_build("sdist", ROOT, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    version = f"qwen2_jax-{qwen2_jax.__version__}"
+    with zipfile.ZipFile(_build("wheel", tmp_path / version, tmp_path / "wheel")) as archive:
         names = archive.namelist()
-    info = f"qwen2_jax-{qwen2_jax.__version__}.dist-info"
+    info = f"{version}.dist-info"
     assert {name.split("/")[0] for name in names} == {"qwen2_jax", "qwen2_kernels", info}
-    assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt", "qwen2_jax/cli.py"} <= set(names)
+    assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt", "qwen2_jax/py.typed", *_package_files()} <= set(
+        names
+    )
+
+
+def _package_files() -> set[str]:
+    folders = {"qwen2_jax": ROOT / "qwen2_jax", "qwen2_kernels": ROOT / "kernels" / "qwen2_kernels"}
+    return {
+        f"{name}/{path.relative_to(folder).as_posix()}"
+        for name, folder in folders.items()
+        for path in folder.rglob("*.py")
+    }
 
 
 def _imported(folder: str) -> set[str]:

@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 def select(op: str, implementations: Mapping[str, Callable[..., Any]], name: str, *, auto: str, reason: str) -> Any:
     """Return the implementation called `name`, or the one called `auto` where `name` is `"auto"`.
 
-    `reason` says why `auto` is what it is; it is logged once per op and choice. Raises `ValueError` for an unknown name.
+    `reason` says why `auto` is what it is; it is logged once per op and choice.
+
+    Raises:
+        ValueError: an unknown name.
     """
     if name == "auto":
         _log_once(op, auto, reason)

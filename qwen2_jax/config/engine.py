@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from qwen2_jax.config.model import ModelConfig
 from qwen2_jax.errors import ConfigError, reject_unknown
 
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-RUNNERS = ("auto", "generate", "pooling")
+LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Runner = Literal["auto", "generate", "pooling"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 
 # vLLM's options that are not built: what each means here, and the values that ask for nothing.
 _NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -33,22 +34,26 @@ _NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
 class LoadConfig:
     """Where a model comes from and how it is read."""
 
-    load_format: str = "auto"
+    load_format: LoadFormat = "auto"
     """`"auto"` looks at the files; `"dummy"` reads only the config and draws random weights."""
-    dtype: str = "auto"
+    dtype: DType = "auto"
     """`"auto"`: the checkpoint's on a GPU, float32 on a CPU, whose half-precision matmuls are slow."""
     revision: str | None = None
     hf_token: str | bool | None = None
     hf_overrides: Mapping[str, Any] | None = None
     """Laid over config.json: objects merge, None removes."""
-    runner: str = "auto"
+    runner: Runner = "auto"
     """`"pooling"` makes an embeddings model of a language model; `"auto"` goes by the architecture."""
     use_tqdm_on_load: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("load_format", self.load_format, LOAD_FORMATS)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("runner", self.runner, RUNNERS)
+        _check_choice("load_format", self.load_format, get_args(LoadFormat))
+        _check_choice("dtype", self.dtype, get_args(DType))
+        _check_choice("runner", self.runner, get_args(Runner))
+        _check_type("revision", self.revision, str | None, "a string or None")
+        _check_type("hf_token", self.hf_token, str | bool | None, "a string, True, False or None")
+        _check_type("hf_overrides", self.hf_overrides, Mapping | None, "a dict or None")
+        _check_type("use_tqdm_on_load", self.use_tqdm_on_load, bool, "True or False")
 
     def resolve_dtype(self, checkpoint_dtype: str, platform: str) -> str:
         """Return the dtype that weights and activations have on `platform`."""
@@ -79,6 +84,7 @@ class CacheConfig:
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} is not in (0, 1]")
         _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, optional=True)
         _check_int("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, optional=True)
+        _check_type("enable_prefix_caching", self.enable_prefix_caching, bool, "True or False")
         if self.kv_cache_dtype != "auto":
             raise ConfigError(
                 f"kv_cache_dtype={self.kv_cache_dtype!r} is not served yet: only 'auto', the model's dtype, is"
@@ -99,7 +105,7 @@ class EngineConfig:
     max_decode_steps: int | None = None
     """Decode steps in one call to the device. None: 8 on a GPU, 1 on a CPU, where a call costs nothing."""
     enable_chunked_prefill: bool = True
-    scheduling_policy: str = "fcfs"
+    scheduling_policy: SchedulingPolicy = "fcfs"
     """`"fcfs"`, or `"priority"`: lower numbers first."""
     tensor_parallel_size: int = 1
     seed: int = 0
@@ -112,9 +118,10 @@ class EngineConfig:
             _check_int(name, getattr(self, name), 1, optional=True)
         _check_int("max_decode_steps", self.max_decode_steps, 1, 64, optional=True)
         _check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
-        _check_int("seed", self.seed, 0)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_int("max_logprobs", self.max_logprobs, -1)
-        _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        _check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
+        _check_type("enable_chunked_prefill", self.enable_chunked_prefill, bool, "True or False")
 
     def resolve(self, model: ModelConfig, platform: str) -> "ResolvedConfig":
         """Fill in what depends on the model and on `platform` (`"gpu"` or `"cpu"`), and check the whole."""
@@ -127,6 +134,8 @@ class EngineConfig:
                 f"max_model_len={max_model_len} is longer than the model's context of {context} tokens; "
                 "use at most that, or extend it through hf_overrides (rope_parameters of type 'yarn')"
             )
+        if max_model_len < 2 and not model.is_embedding_model:
+            raise ConfigError(f"max_model_len={max_model_len} has no room for a prompt and an answer; use at least 2")
         tokens = self.max_num_batched_tokens or max(8192 if gpu else 512, max_num_seqs)
         if not self.enable_chunked_prefill or not model.is_causal:
             if self.max_num_batched_tokens is not None and tokens < max_model_len:
@@ -161,7 +170,7 @@ class ResolvedConfig:
     max_decode_steps: int
     max_logprobs: int
     bucket_growth: int
-    """How many times the last one each prefill bucket is: compilation time against padding."""
+    """How many times the last one each bucket is: compilation time against padding."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -176,7 +185,7 @@ class ResolvedConfig:
     @property
     def decode_buckets(self) -> tuple[int, ...]:
         """R of the decode programs."""
-        return _buckets(1, self.max_num_seqs, 2)
+        return _buckets(1, self.max_num_seqs, self.bucket_growth)
 
     @property
     def prefill_buckets(self) -> tuple[int, ...]:
@@ -225,6 +234,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
+def _check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={value!r} is not {wanted}")
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name}={value!r} is not a number")
@@ -235,5 +249,5 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None, *, opti
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{name}={value!r} is not an integer {limits}")

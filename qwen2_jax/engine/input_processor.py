@@ -1,6 +1,7 @@
 """From what a caller asks to scheduler requests: prompts become token ids, parameters are checked against the model."""
 
 import itertools
+import numbers
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from qwen2_jax.config import ModelConfig, ResolvedConfig
 from qwen2_jax.engine.logit_bias import LogitBias, ThinkingTokens
 from qwen2_jax.engine.request import Request
 from qwen2_jax.errors import RequestError, nearest
+from qwen2_jax.request_checks import check_instance, check_list
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import SamplingParams
 
@@ -48,6 +50,7 @@ class InputProcessor:
         """Return a generation request. Raises `RequestError` for a prompt or parameters that cannot be served."""
         if self._model.is_embedding_model:
             raise RequestError(f"{self._model.architecture} gives embeddings and cannot generate; use embed")
+        check_instance("priority", priority, int, "an integer")
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids, self._config.max_model_len - 1)
         params.verify(vocab_size=self._model.vocab_size, max_logprobs=self._config.max_logprobs)
@@ -64,6 +67,7 @@ class InputProcessor:
         """Return an embedding request. Raises `RequestError` for a prompt that cannot be served."""
         if not self._model.is_embedding_model:
             raise RequestError(f"{self._model.architecture} generates text; use LLM(..., runner='pooling') to embed")
+        check_instance("priority", priority, int, "an integer")
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids, self._config.max_model_len)
         request = Request(
@@ -87,7 +91,7 @@ class InputProcessor:
         leader: Request | None,
         priority: int,
     ) -> Request:
-        bias = self._logit_bias(params)
+        bias = self._logit_bias(params) if _changes_logits(params) else None
         seed = self._seeds.getrandbits(64) if params.seed is None else (params.seed + index) & (2**64 - 1)
         return Request(
             request_id=request_id,
@@ -99,22 +103,29 @@ class InputProcessor:
             arrival=next(self._arrivals),
             fork_of=leader if params.reads_prefix_cache else None,
             use_prefix_cache=params.reads_prefix_cache,
-            synchronous=bias.is_synchronous,
+            synchronous=bias is not None and bias.is_synchronous,
             seed=seed,
-            logit_bias=bias if bias.is_needed else None,
+            logit_bias=bias if bias is not None and bias.is_needed else None,
         )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict):
-            for key in prompt:
-                if key not in _PROMPT_KEYS:
-                    raise RequestError(f"unknown key {key!r} in a prompt{nearest(str(key), _PROMPT_KEYS)}")
-            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt.get("prompt", "")
-        if not isinstance(prompt, str):
-            return None, list(prompt)
+        """Return the text, if there is one, and the token ids; a dict that has both is taken at its word."""
+        parts: dict[str, Any] = prompt if isinstance(prompt, dict) else {}
+        if not isinstance(prompt, dict):
+            parts["prompt" if isinstance(prompt, str) else "prompt_token_ids"] = prompt
+        for key in parts:
+            if key not in _PROMPT_KEYS:
+                raise RequestError(f"unknown key {key!r} in a prompt{nearest(str(key), _PROMPT_KEYS)}")
+        text, token_ids = (parts.get(key) for key in _PROMPT_KEYS)
+        if text is not None:
+            check_instance("prompt", text, str, "a string")
+        if token_ids is not None:
+            return text, [_token_id(token) for token in check_list("prompt_token_ids", token_ids)]
+        if text is None:
+            raise RequestError(f"the prompt {prompt!r} is empty; it needs 'prompt' or 'prompt_token_ids'")
         if self._tokenizer is None:
             raise RequestError("there is no tokenizer (skip_tokenizer_init=True); pass prompt_token_ids")
-        return prompt, self._tokenizer.encode(prompt)
+        return text, self._tokenizer.encode(text)
 
     def _check_prompt(self, token_ids: list[int], limit: int) -> None:
         if not 1 <= len(token_ids) <= limit:
@@ -122,9 +133,9 @@ class InputProcessor:
                 f"the prompt has {len(token_ids)} tokens; with max_model_len={self._config.max_model_len} "
                 f"it may have 1 to {limit}"
             )
-        for token in token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._model.vocab_size:
-                raise RequestError(f"{token!r} is not a token id: they go from 0 to {self._model.vocab_size - 1}")
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < self._model.vocab_size:
+                raise RequestError(f"{token} is not a token id: they go from 0 to {self._model.vocab_size - 1}")
 
     def _logit_bias(self, params: SamplingParams) -> LogitBias:
         stop_token_ids = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids))
@@ -148,19 +159,40 @@ class InputProcessor:
         for word in words:
             bare = self._tokenizer.encode(word.lstrip(), add_special_tokens=False)
             spaced = self._tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            if not bare or max(bare + spaced) >= self._model.vocab_size:
+                raise RequestError(f"bad_words contains {word!r}, which has no tokens in the model's vocabulary")
             sequences.append(bare)
             if spaced[0] != bare[0] and len(spaced) == len(bare):
                 sequences.append(spaced)
-        return [sequence for sequence in sequences if sequence]
+        return sequences
 
     def _thinking(self, budget: int | None) -> ThinkingTokens | None:
         if budget is None:
             return None
-        start, end = (
-            (None, None) if self._tokenizer is None else self._tokenizer.convert_tokens_to_ids([_THINK_START, _THINK_END])
-        )
-        if start is None or end is None:
+        start = end = None
+        if self._tokenizer is not None:
+            start, end = self._tokenizer.convert_tokens_to_ids([_THINK_START, _THINK_END])
+        if start is None or end is None or max(start, end) >= self._model.vocab_size:
             raise RequestError(
                 f"thinking_token_budget={budget} needs a tokenizer with the tokens {_THINK_START} and {_THINK_END}"
             )
         return ThinkingTokens(start=start, end=end, budget=budget)
+
+
+def _token_id(token: Any) -> int:
+    """Return a token id as an int; an integer of numpy's is one, too."""
+    if type(token) is int:
+        return token
+    if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+        raise RequestError(f"{token!r} is not a token id; use integers")
+    return int(token)
+
+
+def _changes_logits(params: SamplingParams) -> bool:
+    return bool(
+        params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
+        or params.thinking_token_budget is not None
+    )

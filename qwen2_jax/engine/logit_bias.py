@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen2_jax.engine.request import Request
+from qwen2_jax.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,14 @@ class LogitBias:
         stop_token_ids: Sequence[int],
         thinking: ThinkingTokens | None,
     ) -> None:
-        """`bad_words` are token sequences; `stop_token_ids` are forbidden until there are `min_tokens` outputs."""
+        """`bad_words` are token sequences; `stop_token_ids` are forbidden until there are `min_tokens` outputs.
+
+        Raises `RequestError` when no token is left to sample.
+        """
         self._bad_words = [tuple(word) for word in bad_words if len(word) > 1]
-        self._stop_token_ids = frozenset(stop_token_ids) if min_tokens else frozenset()
+        # An end token of the tokenizer's may lie beyond the model's vocabulary: it is never sampled.
+        endings = frozenset(token for token in stop_token_ids if token < vocab_size)
+        self._stop_token_ids = endings if min_tokens else frozenset()
         self._min_tokens = min_tokens
         self._thinking = thinking
         fixed = np.zeros(vocab_size, np.float32)
@@ -47,6 +53,13 @@ class LogitBias:
         for token, bias in logit_bias.items():
             fixed[token] += bias
         fixed[[word[0] for word in bad_words if len(word) == 1]] = -np.inf
+        forbidden = np.isneginf(fixed)
+        forbidden[list(self._stop_token_ids)] = True
+        if forbidden.all():
+            raise RequestError(
+                f"no token is left to sample: allowed_token_ids={allowed_token_ids!r} are bad words, "
+                f"or end tokens, which min_tokens={min_tokens} forbids; allow more"
+            )
         self._fixed = fixed
         self._is_fixed_empty = not fixed.any()
         self._sent: frozenset[int] | int | None = None
@@ -95,11 +108,9 @@ class LogitBias:
         """Return the closing token if the thinking that is open has spent its budget."""
         if self._thinking is None:
             return None
-        spent = 0
-        for token in reversed(request.prompt_token_ids + request.output_token_ids):
+        for spent, token in enumerate(reversed(request.prompt_token_ids + request.output_token_ids)):
             if token == self._thinking.end:
                 return None
             if token == self._thinking.start:
                 return self._thinking.end if spent >= self._thinking.budget else None
-            spent += 1
         return None

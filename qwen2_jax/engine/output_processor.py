@@ -36,12 +36,11 @@ class SequenceOutput:
         self._logprobs: list[LogprobsOnePosition] = []
         self._cumulative_logprob = 0.0
         self._sent_tokens = self._sent_text = 0
+        self._sent_finish = False
         self._tokenizer = tokenizer if params.detokenize else None
         self._detokenizer = self._stop = None
         if self._tokenizer is not None:
-            self._detokenizer = IncrementalDetokenizer(
-                self._tokenizer, skip_special_tokens=params.skip_special_tokens
-            )
+            self._detokenizer = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=params.skip_special_tokens)
             self._stop = StopChecker(
                 params.stop,
                 include_stop_str_in_output=params.include_stop_str_in_output,
@@ -69,10 +68,17 @@ class SequenceOutput:
         if self._detokenizer is not None and self._stop is not None:
             self._text += self._stop.feed(self._detokenizer.finish()) + self._stop.finish()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether anything has come since the last `render`: tokens, text, or the end."""
+        sent = (self._sent_tokens, self._sent_text, self._sent_finish)
+        return sent != (len(self._token_ids), len(self._text), self.finish_reason is not None)
+
     def render(self, delta: bool) -> CompletionOutput:
         """Return the output so far, or with `delta` what has come since the last call."""
         first, text_start = (self._sent_tokens, self._sent_text) if delta else (0, 0)
         self._sent_tokens, self._sent_text = len(self._token_ids), len(self._text)
+        self._sent_finish = self.finish_reason is not None
         has_logprobs = self._params.num_logprobs is not None
         return CompletionOutput(
             index=self._index,
@@ -110,12 +116,14 @@ class GroupOutput:
     sequences: list[SequenceOutput] = field(default_factory=list)
     prompt_logprobs: list[LogprobsOnePosition | None] = field(default_factory=lambda: [None])
     embedding: list[float] | None = None
+    sent_prompt_logprobs: bool = False
 
     @classmethod
     def start(cls, source: ProcessedInput, tokenizer: Tokenizer | None) -> "GroupOutput":
         """Return the output of a request that has just arrived."""
-        group = cls(source=source, tokenizer=tokenizer, metrics=RequestMetrics(arrival_time=time.monotonic()))
+        group = cls(source=source, tokenizer=None, metrics=RequestMetrics(arrival_time=time.monotonic()))
         if source.params is not None:
+            group.tokenizer = tokenizer if source.params.detokenize else None
             group.sequences = [
                 SequenceOutput(index, request, source.params, tokenizer)
                 for index, request in enumerate(source.sequences)
@@ -150,13 +158,15 @@ class GroupOutput:
             )
         if params.output_kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
-        wants_prompt = params.prompt_logprobs is not None
+        delta = params.output_kind is RequestOutputKind.DELTA
+        wants_prompt = params.prompt_logprobs is not None and not (delta and self.sent_prompt_logprobs)
+        self.sent_prompt_logprobs = True
         return RequestOutput(
             request_id=source.request_id,
             prompt=source.prompt,
             prompt_token_ids=request.prompt_token_ids,
             prompt_logprobs=_as_asked(self.prompt_logprobs, params) if wants_prompt else None,
-            outputs=[s.render(params.output_kind is RequestOutputKind.DELTA) for s in self.sequences],
+            outputs=[sequence.render(delta) for sequence in self.sequences if sequence.has_news or not delta],
             finished=finished,
             num_cached_tokens=request.num_cached_tokens,
             metrics=replace(self.metrics),

@@ -28,15 +28,12 @@ def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: 
         max_logprobs: K, how many top log-probabilities a row may ask for.
 
     Returns:
-        `token_ids` [R], and where some row wants them (zeros otherwise) `logprobs` [R] of the sampled token, its `ranks`
-        [R], `top_logprobs` and `top_ids` [R, K], and `chosen_logprobs` and `chosen_ranks` [R, C] of the state's
-        `logprob_token_ids`.
+        `token_ids` [R], and where some row wants them (zeros otherwise) `logprobs` [R] of the sampled token, its
+        `ranks` [R], `top_logprobs` and `top_ids` [R, K], and `chosen_logprobs` and `chosen_ranks` [R, C] of the
+        state's `logprob_token_ids`.
     """
     plain = (
-        (rows["temperature"] == 0)
-        & (rows["has_logit_bias"] == 0)
-        & (rows["num_logprobs"] < 0)
-        & ~_has_penalty(rows)
+        (rows["temperature"] == 0) & (rows["has_logit_bias"] == 0) & (rows["num_logprobs"] < 0) & ~_has_penalty(rows)
     )
     empty = empty_samples(logits.shape[0], max_logprobs, state["logprob_token_ids"].shape[1])
 
@@ -75,30 +72,28 @@ def logprobs_of(
     """Report log-probabilities of one token per row, of the K likeliest ones, and of the `chosen` ones."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_logprobs, top_ids = jax.lax.top_k(logprobs, max_logprobs)
-    of_token = jnp.take_along_axis(logprobs, token_ids[:, None], axis=-1)
-    of_chosen = jnp.take_along_axis(logprobs, jnp.maximum(chosen, 0), axis=-1)
+    asked = jnp.concatenate([token_ids[:, None], chosen], axis=1)
+    values = jnp.take_along_axis(logprobs, jnp.maximum(asked, 0), axis=-1)
 
-    def rank(values: Array) -> Array:
+    def add_rank(column: Array, ranks: Array) -> Array:
         """1 for the likeliest; one column at a time, because the comparison has the vocabulary's width."""
-        counts = jax.lax.map(lambda column: jnp.sum(logprobs > column[:, None], axis=-1), values.T)
-        return counts.T.astype(jnp.int32) + 1
+        better = jnp.sum(logprobs > values[:, column, None], axis=-1)
+        return ranks.at[:, column].set(better.astype(jnp.int32) + 1)
 
+    columns = jnp.max(jnp.sum(asked >= 0, axis=-1))
+    ranks = jax.lax.fori_loop(0, columns, add_rank, jnp.zeros(asked.shape, jnp.int32))
     return {
-        "logprobs": of_token[:, 0],
-        "ranks": rank(of_token)[:, 0],
+        "logprobs": values[:, 0],
+        "ranks": ranks[:, 0],
         "top_logprobs": top_logprobs,
         "top_ids": top_ids.astype(jnp.int32),
-        "chosen_logprobs": of_chosen,
-        "chosen_ranks": jax.lax.cond(
-            jnp.any(chosen >= 0), lambda: rank(of_chosen), lambda: jnp.zeros(chosen.shape, jnp.int32)
-        ),
+        "chosen_logprobs": values[:, 1:],
+        "chosen_ranks": ranks[:, 1:],
     }
 
 
 def _has_penalty(rows: Rows) -> Array:
-    return (
-        (rows["presence_penalty"] != 0) | (rows["frequency_penalty"] != 0) | (rows["repetition_penalty"] != 1)
-    )
+    return (rows["presence_penalty"] != 0) | (rows["frequency_penalty"] != 0) | (rows["repetition_penalty"] != 1)
 
 
 def _processed(logits: Array, rows: Rows, state: State) -> Array:
@@ -109,7 +104,7 @@ def _processed(logits: Array, rows: Rows, state: State) -> Array:
         return jnp.where(rows["has_logit_bias"][:, None] != 0, logits + bias, logits)
 
     def penalised(logits: Array) -> Array:
-        in_prompt, output_counts = _token_counts(rows, state["token_ids"], logits.shape)
+        in_prompt, output_counts = _token_counts(rows, state["token_ids"], logits.shape[1])
         seen = in_prompt | (output_counts > 0)
         repetition = jnp.where(seen, rows["repetition_penalty"][:, None], 1.0)
         logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
@@ -120,15 +115,15 @@ def _processed(logits: Array, rows: Rows, state: State) -> Array:
     return jax.lax.cond(jnp.any(_has_penalty(rows)), penalised, lambda x: x, logits)
 
 
-def _token_counts(rows: Rows, token_ids: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
+def _token_counts(rows: Rows, token_ids: Array, vocab_size: int) -> tuple[Array, Array]:
     """Return which tokens each row's prompt holds, and how often its output holds each; both [R, V]."""
     history = token_ids[rows["row_indices"]]
     positions = jnp.arange(history.shape[1])[None, :]
     in_prompt = positions < rows["prompt_lens"][:, None]
     in_output = ~in_prompt & (positions < rows["sample_positions"][:, None])
-    row = jnp.arange(shape[0])[:, None]
-    prompt = jnp.zeros(shape, bool).at[row, jnp.where(in_prompt, history, shape[1])].set(True, mode="drop")
-    counts = jnp.zeros(shape, jnp.float32).at[row, jnp.where(in_output, history, shape[1])].add(1.0, mode="drop")
+    shape, row = (history.shape[0], vocab_size), jnp.arange(history.shape[0])[:, None]
+    prompt = jnp.zeros(shape, bool).at[row, jnp.where(in_prompt, history, vocab_size)].set(True, mode="drop")
+    counts = jnp.zeros(shape, jnp.float32).at[row, jnp.where(in_output, history, vocab_size)].add(1.0, mode="drop")
     return prompt, counts
 
 
@@ -171,7 +166,11 @@ def _keep(logits: Array, rows: Rows) -> Array:
         p = rows["top_p"]
         return jnp.where((p < 1)[:, None], cut(logits, top_p_threshold(logits, p)), logits)
 
-    steps: list[tuple[Array, Any]] = [(rows["min_p"] > 0, min_p), (rows["top_k"] > 0, top_k), (rows["top_p"] < 1, top_p)]
+    steps: list[tuple[Array, Any]] = [
+        (rows["min_p"] > 0, min_p),
+        (rows["top_k"] > 0, top_k),
+        (rows["top_p"] < 1, top_p),
+    ]
     for wanted, step in steps:
         logits = jax.lax.cond(jnp.any(wanted), step, lambda x: x, logits)
     return logits

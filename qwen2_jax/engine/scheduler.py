@@ -167,9 +167,7 @@ class Scheduler:
         return True
 
     def _preempt(self, plan: _Plan, request: Request) -> None:
-        row = plan.rows.pop(request, None)
-        if row is not None:
-            plan.budget += row.num_tokens
+        plan.rows.pop(request, None)
         self.blocks.free(request)
         self._queues.preempt(request)
         request.num_preemptions += 1

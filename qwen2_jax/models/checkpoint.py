@@ -10,6 +10,9 @@ import numpy as np
 
 from qwen2_jax.errors import CheckpointError
 
+ORBAX_PARAMS = "params"
+"""The subfolder of an Orbax checkpoint that holds the model's tree."""
+
 CheckpointFormat = Literal["safetensors", "gguf", "orbax", "dummy"]
 
 

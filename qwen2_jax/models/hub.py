@@ -17,15 +17,16 @@ from qwen2_jax.errors import CheckpointError
 from qwen2_jax.models.embedded import EMBEDDED_MODELS, embedded_model
 
 # Never *.bin, *.pt or *.pth, which are pickles; a GGUF file is named, since a repository may hold dozens.
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "params/**"]
+_TEXTS = ["*.json", "*.txt", "*.jinja"]
+_WEIGHTS = ["*.safetensors", "params/**"]
 
 
-def resolve(model: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+def resolve(model: str | Path, *, revision: str | None = None, token: str | None = None, weights: bool = True) -> Path:
     """Return the local folder or GGUF file of `model`, downloading it where it is not cached.
 
     `model` is a path that exists, the name of an embedded model (`smollm2`), a hub id (`owner/name`), or a GGUF file on
     the hub (`owner/name/file.gguf`). The hub client's cache, offline mode and stored token apply; `token` overrides the
-    last. Raises `CheckpointError`, which says what to do.
+    last. Without `weights` the config and the tokenizer are enough. Raises `CheckpointError`, which says what to do.
     """
     path = Path(model).expanduser()
     if path.exists():
@@ -35,17 +36,17 @@ def resolve(model: str | Path, *, revision: str | None = None, token: str | None
     name = str(model)
     if path.is_absolute() or name.startswith((".", "~")) or (name.count("/") > 1 and not name.endswith(".gguf")):
         raise CheckpointError(f"there is no file or folder {name!r}")
-    return _download(name, revision, token)
+    return _download(name, revision, token, _TEXTS + _WEIGHTS if weights else _TEXTS)
 
 
-def _download(name: str, revision: str | None, token: str | None) -> Path:
+def _download(name: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
     at = f"revision {revision!r} of {name!r}" if revision else repr(name)
     try:
         if file:
             return Path(hf_hub_download(f"{owner}/{repo}", file, revision=revision, token=token))
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except GatedRepoError as error:
         advice = "accept its conditions on huggingface.co, then pass hf_token or set HF_TOKEN"
         raise CheckpointError(f"{at} is gated: {advice}") from error

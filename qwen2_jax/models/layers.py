@@ -14,14 +14,14 @@ Axes = tuple[str | None, ...]
 
 def weight(rngs: nnx.Rngs, shape: Shape, axes: Axes, std: float, dtype: jnp.dtype) -> nnx.Param[Array]:
     """Return a normally distributed weight whose axes are sharded over the mesh axes named in `axes`."""
-    return nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype), sharding_names=axes)
+    return nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype), out_sharding=axes)
 
 
 class Qwen2RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019) of the sum of its input and the residual."""
 
     def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones((size,), dtype), sharding_names=(None,))
+        self.weight = nnx.Param(jnp.ones((size,), dtype), out_sharding=(None,))
         self.eps = eps
 
     def __call__(
@@ -60,7 +60,7 @@ class QKVProj(nnx.Module):
         self, size: int, kv_heads: int, group: int, head_dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         self.kernel = weight(rngs, (size, kv_heads, group + 2, head_dim), (None, TP, None, None), std, dtype)
-        self.bias = nnx.Param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), sharding_names=(TP, None, None))
+        self.bias = nnx.Param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), out_sharding=(TP, None, None))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T K G+2 H"]:
         """Project; no communication."""
@@ -77,7 +77,9 @@ class OProj(nnx.Module):
 
     def __call__(self, x: Float[Array, "T K G H"]) -> Float[Array, "T D"]:
         """Project; one all-reduce."""
-        return jnp.einsum("tkgh,kghd->td", x, self.kernel[...], out_sharding=out_sharding(None, None))
+        # Flat, because XLA would contract over three axes in an order of its own and copy the kernel into it.
+        kernel = self.kernel[...].reshape(-1, self.kernel.shape[-1])
+        return jnp.einsum("ti,id->td", x.reshape(x.shape[0], -1), kernel, out_sharding=out_sharding(None, None))
 
 
 class GateUpProj(nnx.Module):
@@ -107,7 +109,7 @@ class Linear(nnx.Module):
 
     def __init__(self, size: int, out_size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kernel = weight(rngs, (size, out_size), (None, None), std, dtype)
-        self.bias = nnx.Param(jnp.zeros((out_size,), dtype), sharding_names=(None,))
+        self.bias = nnx.Param(jnp.zeros((out_size,), dtype), out_sharding=(None,))
 
     def __call__(self, x: Float[Array, "R D"]) -> Float[Array, "R E"]:
         """Return `x @ kernel + bias`."""

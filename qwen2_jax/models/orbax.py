@@ -7,6 +7,8 @@ tokenizer's files or, converted from GGUF, `gguf_metadata.json`.
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +16,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qwen2_jax.errors import CheckpointError
-from qwen2_jax.models.checkpoint import Checkpoint, TensorEntry, read_generation_config, read_json
+from qwen2_jax.models.checkpoint import ORBAX_PARAMS, Checkpoint, TensorEntry, read_generation_config, read_json
 from qwen2_jax.models.sentence_transformers import read_modules
-from qwen2_jax.models.weight_table import LeafPath
+from qwen2_jax.models.weight_table import leaf_name
 
-_PARAMS = "params"
 _GGUF_METADATA = "gguf_metadata.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "[0-9]_*/config.json")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
-def leaf_name(path: LeafPath) -> str:
-    """Return the name of a leaf of the tree, e.g. `model/layers/0/mlp/down_proj/kernel`."""
-    return "/".join(map(str, path))
-
-
-def is_orbax(folder: Path) -> bool:
-    """Whether `folder` was written by `save_orbax`."""
-    return (folder / _PARAMS / "_CHECKPOINT_METADATA").is_file()
-
-
 def save_orbax(folder: Path, params: Mapping[Any, Any], *, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Write `params`, a tree in the checkpoint's own sizes, `config` in Hugging Face's keys, and the tokenizer.
 
-    Raises `CheckpointError` where `folder` is not empty.
+    The config that is written names the dtype of the arrays. Raises `CheckpointError` where `folder` is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute() / _PARAMS, _string_keys(params))
-    _write_json(folder / "config.json", config)
+        _in_thread(partial(checkpointer.save, folder.absolute() / ORBAX_PARAMS, _string_keys(params)))
+    dtype = np.dtype(_walk(params)[0][1].dtype).name
+    _write_json(folder / "config.json", {**config, "torch_dtype": dtype, "dtype": dtype})
     source = checkpoint.tokenizer_source
     if isinstance(source, Path):
         _copy_files(source, folder)
@@ -54,21 +46,23 @@ def save_orbax(folder: Path, params: Mapping[Any, Any], *, config: Mapping[str, 
 
 def open_orbax(folder: Path) -> Checkpoint:
     """Open a folder that `save_orbax` wrote. Raises `CheckpointError` where it is damaged."""
-    directory = folder.absolute() / _PARAMS
+    directory = folder.absolute() / ORBAX_PARAMS
     checkpointer = ocp.PyTreeCheckpointer()
     try:
-        tree = checkpointer.metadata(directory).item_metadata.tree
-        tensors = {leaf_name(path): _entry(checkpointer, directory, path, leaf) for path, leaf in _walk(tree)}
+        metadata = _in_thread(partial(checkpointer.metadata, directory)).item_metadata
+        if metadata is None:
+            raise ValueError("it does not say which arrays it holds")
+        tensors = {leaf_name(path): _entry(checkpointer, directory, path, leaf) for path, leaf in _walk(metadata.tree)}
     # Orbax raises whatever the damaged part leads to: its own, tensorstore's and Python's types.
     except Exception as error:
         raise CheckpointError(f"{folder} is not a whole Orbax checkpoint ({error}); convert it again") from error
-    metadata = folder / _GGUF_METADATA
+    gguf_metadata = folder / _GGUF_METADATA
     return Checkpoint(
         path=folder,
         format="orbax",
         config=read_json(folder / "config.json"),
         generation_config=read_generation_config(folder),
-        tokenizer_source=read_json(metadata) if metadata.is_file() else folder,
+        tokenizer_source=read_json(gguf_metadata) if gguf_metadata.is_file() else folder,
         tensors=tensors,
         embedding_modules=read_modules(folder)[0] if (folder / "modules.json").is_file() else None,
     )
@@ -92,7 +86,7 @@ def _loader(checkpointer: ocp.PyTreeCheckpointer, directory: Path, path: tuple[s
             partial_restore=True,
         )
         try:
-            value = checkpointer.restore(directory, args=args)
+            value = _in_thread(partial(checkpointer.restore, directory, args=args))
         # As in `open_orbax`.
         except Exception as error:
             raise CheckpointError(
@@ -103,6 +97,12 @@ def _loader(checkpointer: ocp.PyTreeCheckpointer, directory: Path, path: tuple[s
         return value
 
     return load
+
+
+def _in_thread[T](call: Callable[[], T]) -> T:
+    """Return `call()`, made in a thread: Orbax starts an event loop, which it cannot where a notebook's is running."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(call).result()
 
 
 def _walk(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

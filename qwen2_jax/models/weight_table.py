@@ -17,6 +17,11 @@ Shape = tuple[int, ...]
 _ROWS_AT_ONCE = 64
 
 
+def leaf_name(path: LeafPath) -> str:
+    """Return the name of a leaf of the tree, e.g. `model/layers/0/mlp/down_proj/kernel`."""
+    return "/".join(map(str, path))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
     """One array of the tree: its path and shape, the tensors it is made of, and how they fill it.

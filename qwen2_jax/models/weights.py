@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +10,17 @@ from tqdm.auto import tqdm
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import CheckpointError
-from qwen2_jax.models.checkpoint import Checkpoint, TensorEntry, read_generation_config, read_json
-from qwen2_jax.models.gguf import open_gguf
-from qwen2_jax.models.orbax import is_orbax, leaf_name, open_orbax
+from qwen2_jax.models.checkpoint import (
+    ORBAX_PARAMS,
+    Checkpoint,
+    CheckpointFormat,
+    TensorEntry,
+    read_generation_config,
+    read_json,
+)
 from qwen2_jax.models.safetensors_reader import open_safetensors
 from qwen2_jax.models.weight_layout import WeightLayout
-from qwen2_jax.models.weight_table import Leaf, LeafPath, Shape, is_ignorable, leaves
+from qwen2_jax.models.weight_table import Leaf, LeafPath, Shape, is_ignorable, leaf_name, leaves
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 
@@ -36,15 +41,12 @@ def open_checkpoint(path: Path | str, load_format: LoadFormat = "auto") -> Check
     tokenizer alone. Raises `CheckpointError` for files that are missing, damaged, of another format, or pickled.
     """
     path = Path(path)
-    openers = {"safetensors": open_safetensors, "gguf": open_gguf, "orbax": open_orbax, "dummy": _open_dummy}
-    if load_format != "auto" and load_format not in openers:
-        raise CheckpointError(f"load_format={load_format!r} is unknown; use one of auto, {', '.join(openers)}")
-    if load_format == "dummy":
-        return _open_dummy(path)
-    found, source = _find(path)
+    if load_format not in get_args(LoadFormat):
+        raise CheckpointError(f"load_format={load_format!r} is unknown; use one of {', '.join(get_args(LoadFormat))}")
+    found, source = ("dummy", path) if load_format == "dummy" else _find(path)
     if load_format not in ("auto", found):
         raise CheckpointError(f"load_format={load_format!r}, but {path} holds {found}; use load_format='auto'")
-    return openers[found](source)
+    return _open(found, source)
 
 
 def load_weights(
@@ -82,9 +84,20 @@ def load_weights(
     return tree
 
 
-def _open_dummy(path: Path) -> Checkpoint:
-    if path.suffix == ".gguf":
+def _open(found: CheckpointFormat, path: Path) -> Checkpoint:
+    # The libraries of the rarer formats take seconds to import.
+    if found == "gguf" or path.suffix == ".gguf":
+        from qwen2_jax.models.gguf import open_gguf
+
         return open_gguf(path)
+    if found == "orbax":
+        from qwen2_jax.models.orbax import open_orbax
+
+        return open_orbax(path)
+    return open_safetensors(path) if found == "safetensors" else _open_dummy(path)
+
+
+def _open_dummy(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         format="dummy",
@@ -95,13 +108,13 @@ def _open_dummy(path: Path) -> Checkpoint:
     )
 
 
-def _find(path: Path) -> tuple[Literal["safetensors", "gguf", "orbax"], Path]:
+def _find(path: Path) -> tuple[CheckpointFormat, Path]:
     """Return the format of what is at `path`, and the folder or file that its reader opens."""
     if path.is_file() and path.suffix == ".gguf":
         return "gguf", path
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder or a .gguf file; pass the folder that holds config.json")
-    if is_orbax(path):
+    if (path / ORBAX_PARAMS / "_CHECKPOINT_METADATA").is_file():
         return "orbax", path
     names = sorted(entry.name for entry in path.iterdir())
     if any(name.endswith(".safetensors") and not name.startswith("adapter_model") for name in names):

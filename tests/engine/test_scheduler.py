@@ -103,12 +103,13 @@ def test_several_steps_stop_at_the_smallest_allowance() -> None:
 
 
 def test_a_stop_within_a_call_drops_the_rest_of_it() -> None:
-    scheduler, request = make_scheduler(max_decode_steps=4), make_request("a", 3)
+    scheduler, request = make_scheduler(max_decode_steps=4, block_size=7), make_request("a", 3)
     add(scheduler, request)
     step(scheduler)
     output = launch(scheduler)
     assert scheduler.update(output, [[6, EOS, 7, 8]]) == [request]
     assert (request.output_token_ids, request.finish_reason) == ([5, 6, EOS], "stop")
+    assert (request.num_confirmed_tokens, len(scheduler.blocks.prefix_cache)) == (0, 0)
 
 
 def test_a_call_does_not_cross_min_tokens() -> None:

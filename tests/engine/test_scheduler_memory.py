@@ -74,12 +74,48 @@ def test_one_sequence_must_fit_the_pool() -> None:
     make_scheduler(num_blocks=17)
 
 
-def test_a_prompt_enters_only_if_all_of_it_fits_and_the_others_keep_a_block() -> None:
+@pytest.mark.parametrize("prompt_len, enters", [(48, True), (49, False)])
+def test_a_prompt_enters_only_if_all_of_it_fits_and_the_others_keep_a_block(prompt_len: int, enters: bool) -> None:
     scheduler = make_scheduler(num_blocks=17)
-    add(scheduler, make_request("a", 16, max_tokens=1), make_request("b", 48, max_tokens=1))
-    assert shape(step(scheduler)) == [("a", 0, 16, True)]
-    add(scheduler, make_request("c", 3, max_tokens=9))
-    assert shape(step(scheduler)) == [("b", 0, 16, False)]
+    add(scheduler, make_request("a", 12), make_request("b", prompt_len), make_request("c", 1))
+    assert shape(step(scheduler)) == [("a", 0, 12, True), ("b", 0, 4, False)][: 1 + enters]
+
+
+def test_nobody_enters_while_a_running_row_waits_for_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=70, block_size=1)
+    add(scheduler, make_request("a", 32))
+    for _ in range(2):
+        step(scheduler)
+    add(scheduler, make_request("b", 35))
+    for _ in range(2):
+        assert len(step(scheduler).rows) == 2
+    add(scheduler, make_request("c", 1))
+    assert shape(step(scheduler)) == [("a", 34, 1, True)]
+    assert (scheduler.blocks.pool.num_free, scheduler.num_preemptions) == (4, 0)
+
+
+def test_a_chunk_of_higher_priority_takes_the_place_of_a_decode_in_the_same_call() -> None:
+    scheduler = make_scheduler(num_blocks=66, block_size=1, policy="priority")
+    low, high = make_request("a", 16, max_tokens=None, priority=1), make_request("b", 47, priority=0)
+    add(scheduler, low)
+    step(scheduler)
+    add(scheduler, high)
+    assert shape(step(scheduler)) == [("a", 16, 1, True), ("b", 0, 15, False)]
+    for _ in range(2):
+        assert len(step(scheduler).rows) == 2
+    assert shape(step(scheduler)) == [("b", 45, 2, True)]
+    assert low.status is RequestStatus.PREEMPTED
+
+
+def test_a_preempted_request_finds_its_own_blocks_but_does_not_count_them_as_cached() -> None:
+    scheduler = make_scheduler(num_blocks=17, max_num_batched_tokens=64)
+    old, young = make_request("a", 30, max_tokens=6), make_request("b", 28, max_tokens=None)
+    add(scheduler, old, young)
+    output = step(scheduler)
+    while young not in output.admitted or not young.num_preemptions:
+        output = step(scheduler)
+    assert output.rows[-1].request is young and output.rows[-1].start > 0
+    assert young.num_cached_tokens == 0
 
 
 def test_a_confirmed_prefix_is_shared() -> None:
@@ -142,7 +178,7 @@ def test_forks_wait_for_their_leader_and_share_its_blocks() -> None:
     assert shape(outputs[2]) == [("a", 18, 1, True), ("b", 16, 2, True), ("c", 16, 2, True)]
     assert forks[0].block_ids[:4] == forks[1].block_ids[:4] == leader.block_ids[:4]
     assert len({fork.block_ids[4] for fork in (leader, *forks)}) == 3
-    assert [fork.num_cached_tokens for fork in forks] == [16, 16]
+    assert [(fork.num_cached_tokens, fork.fork_of) for fork in forks] == [(16, None)] * 2
 
 
 def test_a_leader_of_one_token_takes_one_step_for_its_forks() -> None:

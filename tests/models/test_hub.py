@@ -65,6 +65,8 @@ def test_passes_revision_and_token_and_never_asks_for_pickles(tmp_path: Path, mo
     assert resolve("Qwen/Qwen2.5-0.5B", revision="v1", token="t") == tmp_path
     assert (asked["name"], asked["revision"], asked["token"]) == ("Qwen/Qwen2.5-0.5B", "v1", "t")
     patterns = asked["allow_patterns"]
+    resolve("Qwen/Qwen2.5-0.5B", weights=False)
+    assert not any("safetensors" in p for p in asked["allow_patterns"])
     assert "*.safetensors" in patterns and not any("bin" in p or ".pt" in p or p == "*" for p in patterns)
 
 

@@ -1,4 +1,3 @@
-import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -6,7 +5,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import CheckpointError
@@ -14,7 +12,13 @@ from qwen2_jax.models.checkpoint import Checkpoint
 from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weights import load_weights, open_checkpoint
 from qwen2_jax.parallel import HeadLayout
-from scripts.make_tiny_model import make_tiny_model, tiny_config, tiny_tensors, write_checkpoint
+from scripts.make_tiny_model import (
+    make_tiny_model,
+    make_tiny_sentence_transformer,
+    tiny_config,
+    tiny_tensors,
+    write_checkpoint,
+)
 
 Tree = dict[Any, Any]
 
@@ -179,30 +183,9 @@ def test_a_padded_layout_computes_the_same(tmp_path: Path, heads: tuple[int, int
         assert head.shape == (168, 32) and not head[160:].any()
 
 
-def make_sentence_transformer(folder: Path, *, bias: bool = True, pooling: str = "mean_tokens", **dense: Any) -> Path:
-    config = tiny_config(architectures=["Qwen2Model"])
-    write_checkpoint(folder, config, tiny_tensors(config))
-    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"), ("Normalize", "3_Normalize")]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(kinds)
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    for name in ("1_Pooling", "2_Dense"):
-        (folder / name).mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-    dense = {"activation_function": "torch.nn.modules.linear.Identity", "bias": bias, **dense}
-    (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
-    rng = np.random.default_rng(3)
-    tensors = {"linear.weight": rng.normal(size=(12, 32)).astype(np.float32)}
-    tensors |= {"linear.bias": rng.normal(size=12).astype(np.float32)} if bias else {}
-    save_file(tensors, folder / "2_Dense" / "model.safetensors")
-    return folder
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_sentence_transformers_folder_gives_embeddings(tmp_path: Path, bias: bool):
-    checkpoint = open_checkpoint(make_sentence_transformer(tmp_path, bias=bias))
+    checkpoint = open_checkpoint(make_tiny_sentence_transformer(tmp_path, bias=bias))
     assert checkpoint.embedding_modules is not None and checkpoint.embedding_modules.normalize
     config = ModelConfig.from_hf(checkpoint.config)
     assert (config.architecture, config.embedding_dim) == ("FlashQwen2ForEmbeddings", 12)
@@ -213,7 +196,7 @@ def test_a_sentence_transformers_folder_gives_embeddings(tmp_path: Path, bias: b
 
 
 def test_a_head_is_ignored_where_embeddings_are_asked_for(tmp_path: Path):
-    make_sentence_transformer(tmp_path)
+    make_tiny_sentence_transformer(tmp_path)
     config = tiny_config()
     write_checkpoint(tmp_path, config, tiny_tensors(config))
     assert set(load(open_checkpoint(tmp_path))) == {"model", "linear"}
@@ -224,12 +207,12 @@ def test_a_head_is_ignored_where_embeddings_are_asked_for(tmp_path: Path):
     [
         ({"pooling": "lasttoken"}, r"pooling \['lasttoken'\]"),
         ({"pooling": "cls_token"}, r"pooling \['cls_token'\]"),
-        ({"activation_function": "torch.nn.modules.activation.Tanh"}, "only Identity"),
+        ({"activation": "activation.Tanh"}, "only Identity"),
     ],
 )
 def test_other_modules_are_refused_by_name(tmp_path: Path, options: dict[str, Any], message: str):
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(make_sentence_transformer(tmp_path, **options))
+        open_checkpoint(make_tiny_sentence_transformer(tmp_path, **options))
 
 
 def test_dummy_needs_no_weights(tmp_path: Path):

@@ -29,6 +29,9 @@ def flash_attention(
 
     Returns:
         The attended values in `q`'s dtype; zeros for padding.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown implementation.
     """
     if q.shape[:2] + q.shape[3:] != k.shape or k.shape != v.shape:
         raise ValueError(f"flash_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")

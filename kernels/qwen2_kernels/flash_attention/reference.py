@@ -10,7 +10,8 @@ def flash_attention_reference(
     """See `api.flash_attention`."""
     tokens = jnp.arange(q.shape[0])
     prompt = jnp.searchsorted(query_start_loc, tokens, side="right")
-    seen = (prompt[:, None] == prompt[None, :]) & (tokens < query_start_loc[-1])[:, None]
+    is_real = tokens < query_start_loc[-1]
+    seen = (prompt[:, None] == prompt[None, :]) & is_real[:, None]
     if causal:
         seen &= tokens[None, :] <= tokens[:, None]
     if window is not None:
@@ -19,4 +20,4 @@ def flash_attention_reference(
     logits = jnp.einsum("qkgh,skh->kgqs", q, k) * scale
     weights = jnp.where(seen, jnp.exp(logits - logits.max(-1, keepdims=True, where=seen, initial=-1e30)), 0.0)
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-37)
-    return jnp.einsum("kgqs,skh->qkgh", weights, v).astype(dtype)
+    return jnp.einsum("kgqs,skh->qkgh", weights, jnp.where(is_real[:, None, None], v, 0.0)).astype(dtype)

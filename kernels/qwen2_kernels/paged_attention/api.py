@@ -44,16 +44,25 @@ def paged_attention(
 
     Returns:
         The attended values in `q`'s dtype; zeros for queries that belong to no row.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown implementation.
     """
     if q.shape[1:2] + q.shape[3:] != k_pool.shape[2:] or k_pool.shape != v_pool.shape:
         raise ValueError(
             f"paged_attention: shapes do not fit: q {q.shape}, k_pool {k_pool.shape}, v_pool {v_pool.shape}"
         )
-    if query_start_loc is None and q.shape[0] != block_tables.shape[0]:
-        raise ValueError(f"paged_attention: decode has one query a row, not {q.shape[0]} for {block_tables.shape[0]}")
-    run = select(
-        "paged_attention", IMPLEMENTATIONS, implementation, auto="xla", reason="online softmax that every platform compiles"
-    )
+    rows = block_tables.shape[0]
+    if context_lens.shape != (rows,) or (query_start_loc is not None and query_start_loc.shape != (rows + 1,)):
+        starts = None if query_start_loc is None else query_start_loc.shape
+        raise ValueError(
+            f"paged_attention: shapes do not fit: block_tables {block_tables.shape}, "
+            f"context_lens {context_lens.shape}, query_start_loc {starts}"
+        )
+    if query_start_loc is None and q.shape[0] != rows:
+        raise ValueError(f"paged_attention: decode has one query a row, not {q.shape[0]} for {rows}")
+    reason = "online softmax that every platform compiles"
+    run = select("paged_attention", IMPLEMENTATIONS, implementation, auto="xla", reason=reason)
     return run(
         q,
         k_pool,

@@ -37,7 +37,7 @@ def paged_attention_reference(
         if window is not None:
             seen &= key_positions > position - window
         logits = jnp.einsum("kgh,skh->kgs", query.astype(jnp.float32), keys) * scale
-        weights = jax.nn.softmax(logits, axis=-1, where=seen[None, None], initial=-jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1, where=seen[None, None])
         weights = jnp.where(seen[None, None], weights, 0.0)
         return jnp.einsum("kgs,skh->kgh", weights, jnp.where(seen[:, None, None], values, 0.0))
 

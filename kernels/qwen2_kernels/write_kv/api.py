@@ -27,18 +27,30 @@ def write_kv(
     Args:
         qkv: the fused projection, per KV head its G query heads, then its key, then its value.
         cos, sin: the rotary angles' cosine and sine at each token's position, float32.
-        k_pool, v_pool: P blocks of B slots; donate them, so that the write is in place. In float8_e4m3fn the values are
-            divided by the scale and clipped to the type's range.
+        k_pool, v_pool: P blocks of B slots; donate them, so that the write is in place. A value is divided by its
+            scale, and in 8 bits (float8_e4m3fn) clipped to the type's range.
         slot_mapping: where each token goes, `block * B + offset`; -1 writes nothing.
         k_scale, v_scale: what a stored value is multiplied by to give the real one.
 
     Returns:
         The rotated queries in `qkv`'s dtype, and the two pools.
 
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown implementation.
+
     The rotation is the half-split one of Hugging Face's `apply_rotary_pos_emb`, in float32 with one rounding.
     """
     tokens, kv_heads, slots, head_dim = qkv.shape
-    if slots < 3 or cos.shape != (tokens, head_dim // 2) or k_pool.shape[2:] != (kv_heads, head_dim):
-        raise ValueError(f"write_kv: shapes do not fit: qkv {qkv.shape}, cos {cos.shape}, k_pool {k_pool.shape}")
-    run = select("write_kv", IMPLEMENTATIONS, implementation, auto="xla", reason="a scatter that every platform compiles")
+    shapes = {"qkv": qkv, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool, "slot_mapping": slot_mapping}
+    if (
+        slots < 3
+        or head_dim % 2
+        or not cos.shape == sin.shape == (tokens, head_dim // 2)
+        or k_pool.shape[2:] != (kv_heads, head_dim)
+        or k_pool.shape != v_pool.shape
+        or slot_mapping.shape != (tokens,)
+    ):
+        raise ValueError(f"write_kv: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in shapes.items())}")
+    reason = "a scatter that every platform compiles"
+    run = select("write_kv", IMPLEMENTATIONS, implementation, auto="xla", reason=reason)
     return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, k_scale=k_scale, v_scale=v_scale)

@@ -38,5 +38,5 @@ def write_kv_reference(
 
 
 def _quantise(x: Array, scale: float, dtype: jnp.dtype) -> Array:
-    limit = float(jnp.finfo(dtype).max)
+    limit = float(jnp.finfo(dtype).max) if jnp.finfo(dtype).bits == 8 else jnp.inf
     return jnp.clip(x / scale, -limit, limit).astype(dtype)

@@ -1,5 +1,6 @@
 """`write_kv` as XLA compiles it: elementwise rotation and one scatter for each pool."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -29,10 +30,19 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def _scatter(pool: Array, slot_mapping: Array, rows: Array, scale: float) -> Array:
     blocks, block_size, *row_shape = pool.shape
+    if scale != 1.0:
+        rows = rows.astype(jnp.float32) / scale
     if jnp.finfo(pool.dtype).bits == 8:
         limit = float(jnp.finfo(pool.dtype).max)
-        rows = jnp.clip(rows.astype(jnp.float32) / scale, -limit, limit)
+        rows = jnp.clip(rows, -limit, limit)
+    rows = rows.astype(pool.dtype)
+    if slot_mapping.shape == (1,):
+        # XLA makes a lone dropped write a choice between two whole pools; writing the old row back needs no copy.
+        slot = jnp.maximum(slot_mapping[0], 0)
+        start = (slot // block_size, slot % block_size, *(0 for _ in row_shape))
+        old = jax.lax.dynamic_slice(pool, start, (1, 1, *row_shape))
+        return jax.lax.dynamic_update_slice(pool, jnp.where(slot_mapping[0] < 0, old, rows[None]), start)
     # A negative index would count from the end: -1 becomes one past the last slot, which "drop" leaves out.
     slots = jnp.where(slot_mapping < 0, blocks * block_size, slot_mapping)
     flat = pool.reshape(blocks * block_size, *row_shape)
-    return flat.at[slots].set(rows.astype(pool.dtype), mode="drop").reshape(pool.shape)
+    return flat.at[slots].set(rows, mode="drop").reshape(pool.shape)

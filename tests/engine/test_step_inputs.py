@@ -1,0 +1,69 @@
+"""One vector carries a step's arrays to the device and gives them back bit by bit."""
+
+import jax
+import numpy as np
+import pytest
+
+from qwen2_jax.engine.step_inputs import (
+    SAMPLING_FLOATS,
+    SAMPLING_INTS,
+    Field,
+    Layout,
+    allocate,
+    decode_layout,
+    packed_size,
+    prefill_layout,
+    sampling_layout,
+    unpack,
+)
+
+LAYOUTS = {
+    "decode": decode_layout(3, 5),
+    "prefill": prefill_layout(16, 3, 5),
+    "small": {"scalar": Field(()), "empty": Field((0,)), "table": Field((2, 3)), "floats": Field((4,), is_float=True)},
+}
+
+
+def fill(views: dict[str, np.ndarray]) -> None:
+    rng = np.random.default_rng(0)
+    for view in views.values():
+        view[...] = rng.integers(-(2**31), 2**31, view.shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_is_packed_comes_out(layout: Layout) -> None:
+    packed, views = allocate(layout)
+    assert packed.shape == (packed_size(layout),) and packed.dtype == np.int32 and not packed.any()
+    fill(views)
+    arrays = jax.jit(lambda vector: unpack(vector, layout))(packed)
+    assert arrays.keys() == views.keys() == layout.keys()
+    for name, field in layout.items():
+        assert arrays[name].shape == views[name].shape == field.shape
+        assert arrays[name].dtype == views[name].dtype == (np.float32 if field.is_float else np.int32)
+        np.testing.assert_array_equal(arrays[name], views[name])
+
+
+def test_floats_keep_their_bits() -> None:
+    layout = {"before": Field((1,)), "floats": Field((6,), is_float=True)}
+    packed, views = allocate(layout)
+    views["floats"][:] = [0.1, -0.0, np.inf, -np.inf, np.nan, np.finfo(np.float32).tiny]
+    out = np.asarray(unpack(jax.numpy.asarray(packed), layout)["floats"])
+    assert out.tobytes() == views["floats"].tobytes()
+
+
+def test_fields_do_not_overlap() -> None:
+    packed, views = allocate(LAYOUTS["prefill"])
+    for number, view in enumerate(views.values(), 1):
+        view.view(np.int32)[...] = number
+    counts = np.bincount(packed, minlength=len(views) + 1)
+    assert counts.tolist() == [0, *(view.size for view in views.values())]
+
+
+def test_both_layouts_carry_what_the_sampler_needs() -> None:
+    sampling = sampling_layout(3)
+    assert list(sampling) == [*SAMPLING_INTS, *SAMPLING_FLOATS]
+    assert all(sampling[name].is_float == (name in SAMPLING_FLOATS) for name in sampling)
+    for layout in (LAYOUTS["decode"], LAYOUTS["prefill"]):
+        assert sampling.items() <= layout.items()
+        assert layout["block_tables"].shape == (3, 5)
+    assert LAYOUTS["prefill"]["query_start_loc"].shape == (4,)
