@@ -146,7 +146,7 @@ def _embed(args: Namespace) -> None:
 def _convert(args: Namespace) -> None:
     if len(args.inputs) != 2:
         raise ConfigError(f"convert takes SOURCE and DESTINATION, not {len(args.inputs)} arguments")
-    from qwen2_jax.models.orbax import convert
+    from qwen2_jax.models.convert import convert
 
     source, destination = args.inputs
     convert(source, destination, **_given(args, ENGINE_OPTIONS))

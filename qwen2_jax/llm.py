@@ -1,9 +1,10 @@
 """The offline API: `LLM`, with vLLM's names and shapes."""
 
 import queue
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -127,7 +128,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of `{"role": ..., "content": ...}`; see `generate`."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Sequence[Message]], [messages] if is_one else messages)
         prompts: list[Prompt] = [
             self._chat_prompt(
                 conversation,
@@ -148,20 +150,22 @@ class LLM:
         *,
         lora_request: LoRARequest | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield one request's outputs as they grow (`sampling_params.output_kind` says how); a conversation is a chat.
 
         Leaving the loop early aborts the request.
         """
         _refuse_lora(lora_request)
         if not isinstance(prompt, str | dict) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self._chat_prompt(prompt)
+            prompt = self._chat_prompt(cast(Sequence[Message], prompt))
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         inputs = self._engine.engine.inputs
-        source = inputs.generation(self._engine.new_request_id(), prompt, params, priority=priority)
-        async for output in self._engine.stream(source):
-            assert isinstance(output, RequestOutput)
-            yield output
+        request_id = self._engine.new_request_id()
+        source = inputs.generation(request_id, cast(Prompt, prompt), params, priority=priority)
+        async with aclosing(self._engine.stream(source)) as outputs:
+            async for output in outputs:
+                assert isinstance(output, RequestOutput)
+                yield output
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, normalize: bool | None = None
@@ -171,7 +175,11 @@ class LLM:
         inputs = self._engine.engine.inputs
         sources = [inputs.embedding(self._engine.new_request_id(), prompt) for prompt in prompts]
         outputs = [output for output in self._run(sources, use_tqdm) if isinstance(output, EmbeddingRequestOutput)]
-        return [_normalized(output) for output in outputs] if (normalize or (normalize is None and self._normalize)) else outputs
+        return (
+            [_normalized(output) for output in outputs]
+            if (normalize or (normalize is None and self._normalize))
+            else outputs
+        )
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises `ConfigError` when there is none."""
@@ -251,7 +259,9 @@ def _generation_config(choice: str, of_model: Mapping[str, Any]) -> dict[str, An
         return {}
     path = Path(choice) / "generation_config.json"
     if not path.is_file():
-        raise ConfigError(f"generation_config={choice!r} is not 'auto', 'vllm', or a folder with generation_config.json")
+        raise ConfigError(
+            f"generation_config={choice!r} is not 'auto', 'vllm', or a folder with generation_config.json"
+        )
     return read_json(path)
 
 
@@ -259,10 +269,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts as a list; a text, a dict or a list of token ids is one prompt."""
     if isinstance(prompts, str | dict):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # pyright: ignore[reportReturnType]
-    return prompts  # pyright: ignore[reportReturnType]
+    items = list(prompts)
+    return cast(list[Prompt], [items] if items and isinstance(items[0], int) else items)
 
 
 def _check_length(name: str, found: int, expected: int) -> None:

@@ -182,9 +182,9 @@ def test_stop_may_be_repeated(llm: list[FakeLLM]) -> None:
 
 def test_convert_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    module = ModuleType("qwen2_jax.models.orbax")
+    module = ModuleType("qwen2_jax.models.convert")
     module.convert = lambda *args, **options: calls.append((args, options))  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "qwen2_jax.models.orbax", module)
+    monkeypatch.setitem(sys.modules, "qwen2_jax.models.convert", module)
     assert main(["convert", "model", str(tmp_path), "--dtype", "bfloat16"]) == 0
     assert calls == [(("model", str(tmp_path)), {"dtype": "bfloat16"})]
 

@@ -53,7 +53,7 @@ class PoolLayout:
         per_token = 2 * self.num_layers * self.kv_heads // self.tp * self.head_dim * jnp.dtype(self.dtype).itemsize
         return per_token * self.block_size
 
-    def abstract(self, mesh: Mesh, num_blocks: int) -> KVCache:
+    def abstract(self, mesh: Mesh, num_blocks: int) -> tuple[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], ...]:
         """Return the pools' shapes and shardings."""
         shape = (num_blocks, self.block_size, self.kv_heads, self.head_dim)
         pool = jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype), sharding=NamedSharding(mesh, P(*POOL, None)))

@@ -1,11 +1,12 @@
 """Runs an engine in a thread of its own, so that callers of any kind (threads, event loops) can share it."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from qwen2_jax.engine.engine import Engine, Output
@@ -14,7 +15,7 @@ from qwen2_jax.errors import Qwen2JaxError
 
 logger = logging.getLogger(__name__)
 
-Listener = Callable[[Output | BaseException], None]
+Listener = Callable[[Output | BaseException], object]
 
 
 class EngineDeadError(Qwen2JaxError, RuntimeError):
@@ -30,6 +31,7 @@ class AsyncEngine:
         self._listeners: dict[str, Listener] = {}
         self._names = itertools.count()
         self._error: BaseException | None = None
+        self._gate = threading.Lock()  # nothing enters the inbox once `_error` is set
         self._thread = threading.Thread(target=self._serve, name="qwen2_jax engine", daemon=True)
         self._thread.start()
 
@@ -50,7 +52,9 @@ class AsyncEngine:
                 if output is not None:
                     self._deliver(output)
 
-        self._post(run)
+        # An engine that has stopped has ended all its requests: there is nothing to abort.
+        with contextlib.suppress(EngineDeadError):
+            self._post(run)
 
     def call[T](self, function: Callable[[Engine], T]) -> T:
         """Run `function` in the engine's thread, between two steps, and return what it returns."""
@@ -68,7 +72,7 @@ class AsyncEngine:
             raise value
         return value
 
-    async def stream(self, source: ProcessedInput) -> AsyncIterator[Output]:
+    async def stream(self, source: ProcessedInput) -> AsyncGenerator[Output, None]:
         """Submit one request and yield its outputs; leaving the loop early aborts it."""
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Output | BaseException] = asyncio.Queue()
@@ -93,19 +97,22 @@ class AsyncEngine:
             self._thread.join()
 
     def _post(self, command: Callable[[], None]) -> None:
-        if self._error is not None:
-            raise EngineDeadError("the engine does not run any more") from self._error
-        self._inbox.put(command)
+        with self._gate:
+            if self._error is not None:
+                raise EngineDeadError("the engine does not run any more") from self._error
+            self._inbox.put(command)
 
     def _serve(self) -> None:
         try:
             while self._drain_inbox(block=not self.engine.has_unfinished):
                 for output in self.engine.step():
                     self._deliver(output)
-            self._error = EngineDeadError("the engine was shut down")
+            reason = EngineDeadError("the engine was shut down")
         except BaseException as error:
             logger.exception("the engine failed")
-            self._error = error
+            reason = error
+        with self._gate:
+            self._error = reason
         self._fail_all()
         self.engine.runner.close()
 
@@ -127,19 +134,25 @@ class AsyncEngine:
             try:
                 self.engine.add(source)
             except Qwen2JaxError as error:
-                self._listeners.pop(source.request_id)(error)
+                self._tell(source.request_id, self._listeners.pop(source.request_id), error)
 
     def _deliver(self, output: Output) -> None:
         listener = self._listeners[output.request_id]
         if output.finished:
             del self._listeners[output.request_id]
+        heard = self._tell(output.request_id, listener, output)
+        if not heard and not output.finished:
+            del self._listeners[output.request_id]
+            self.engine.abort(output.request_id)
+
+    def _tell(self, request_id: str, listener: Listener, output: Output | BaseException) -> bool:
+        """Call a listener and return whether it could take `output`."""
         try:
             listener(output)
         except RuntimeError as error:  # the caller's event loop has been closed
-            logger.warning("request %s: nobody listens any more (%s)", output.request_id, error)
-            if not output.finished:
-                self._listeners[output.request_id] = lambda _: None
-                self.engine.abort(output.request_id)
+            logger.warning("request %s: nobody listens any more (%s)", request_id, error)
+            return False
+        return True
 
     def _fail_all(self) -> None:
         """Give every listener, and every command still in the inbox, its end."""
@@ -147,8 +160,8 @@ class AsyncEngine:
             command = self._inbox.get()
             if command is not None:
                 command()
-        for listener in self._listeners.values():
+        for request_id, listener in self._listeners.items():
             error = EngineDeadError("the engine stopped before this request was finished")
             error.__cause__ = self._error
-            listener(error)
+            self._tell(request_id, listener, error)
         self._listeners.clear()

@@ -33,9 +33,7 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         return jitted.lower(*spec.arguments).compile()
 
 
-def compile_programs[K](
-    specs: Mapping[K, ProgramSpec], mesh: Mesh, *, use_tqdm: bool
-) -> dict[K, jax.stages.Compiled]:
+def compile_programs[K](specs: Mapping[K, ProgramSpec], mesh: Mesh, *, use_tqdm: bool) -> dict[K, jax.stages.Compiled]:
     """Compile all of `specs` in as many threads as there are cores; a progress bar counts them."""
     compiled = {}
     with (
@@ -80,6 +78,6 @@ class CompilationCounter:
         """Stop counting."""
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT and self._watching.__dict__.get("active", False):
             self.count += 1

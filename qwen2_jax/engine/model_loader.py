@@ -118,4 +118,3 @@ def _check_tree(params: Any, shapes: Any) -> None:
     expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
     if found != expected:
         raise AssertionError(f"weights {found} do not match the model's {expected}")
-

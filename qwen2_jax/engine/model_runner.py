@@ -53,9 +53,7 @@ class ModelRunner:
         self._params_spec = jax.tree.map(_spec, model.params)
         initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
         self._state = jax.jit(initial, out_shardings=self._replicated)()
-        self._pools = PoolLayout.of(
-            model.config, config.cache, model.dtype, model.mesh.shape["tp"]
-        )
+        self._pools = PoolLayout.of(model.config, config.cache, model.dtype, model.mesh.shape["tp"])
         self.num_blocks = self._count_blocks()
         self._compiled = compile_programs(self._specs(), model.mesh, use_tqdm=use_tqdm)
         self._kv_cache = self._pools.allocate(model.mesh, self.num_blocks)
@@ -83,7 +81,7 @@ class ModelRunner:
     def close(self) -> None:
         """Let go of the device's memory."""
         self._counter.close()
-        for array in jax.tree.leaves((self._kv_cache, self._state)):
+        for array in jax.tree.leaves((self._model.params, self._kv_cache, self._state)):
             array.delete()
 
     def _generate(self, output: SchedulerOutput) -> Launched:
@@ -139,6 +137,7 @@ class ModelRunner:
 
     def _set_row(self, name: str, request: Request, values: np.ndarray, fill: int = 0) -> None:
         packed = np.full(1 + self._state[name].shape[1], fill, np.int32)
+        assert request.row_index is not None
         packed[0] = request.row_index
         packed[1 : 1 + len(values)] = values.view(np.int32)
         self._state = self._compiled[f"set_{name}", 0](self._state, self._to_device(packed))
@@ -150,6 +149,7 @@ class ModelRunner:
         if jax.default_backend() != "cpu":
             probe = compile_program(self._specs(num_blocks=_PROBE_BLOCKS)[key], self._model.mesh)
             memory = probe.memory_analysis()
+            assert memory is not None
             workspace = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             workspace += memory.generated_code_size_in_bytes
         return count_blocks(
@@ -180,9 +180,7 @@ class ModelRunner:
         for tokens in reversed(config.prefill_buckets):
             rows = config.prefill_rows(tokens)
             name, function = ("embed", programs.embed) if self._is_embedding else ("prefill", programs.prefill)
-            specs[name, tokens] = step(
-                partial(function, tokens=tokens, rows=rows), prefill_layout(tokens, rows, width)
-            )
+            specs[name, tokens] = step(partial(function, tokens=tokens, rows=rows), prefill_layout(tokens, rows, width))
         if self._is_embedding:
             return specs
         for rows in reversed(config.decode_buckets):

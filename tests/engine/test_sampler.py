@@ -28,6 +28,7 @@ DISTRIBUTIONS = [
     pytest.param(Row(top_p=0.6), id="top_p"),
     pytest.param(Row(min_p=0.1), id="min_p"),
     pytest.param(Row(temperature=1.5, top_k=12, top_p=0.8, min_p=0.02), id="all_filters"),
+    pytest.param(Row(temperature=2.0, top_p=0.8, min_p=0.1), id="min_p_comes_first"),
     pytest.param(Row(bias=BIAS), id="bias"),
     pytest.param(Row(bias=np.where(BIAS < 0, BIAS, 0), top_k=5, prompt=PROMPT, outputs=OUTPUTS), id="allowed_top_k"),
     pytest.param(

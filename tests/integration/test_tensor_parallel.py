@@ -1,0 +1,73 @@
+"""Tensor parallelism: the golden tokens on two and four devices, and what the compiled programs exchange and copy."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from qwen2_jax.llm import LLM
+from tests.integration.golden import TEXT_CASES, greedy, load, read_texts, tokens_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("case", TEXT_CASES)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_devices_agree_with_hugging_face(case: str, tp: int) -> None:
+    texts = read_texts(case)
+    llm = load(case, tensor_parallel_size=tp, max_num_seqs=1)
+    params = [greedy(len(text.output)) for text in texts]
+    outputs = llm.generate([text.prompt for text in texts], params, use_tqdm=False)
+    assert tokens_of(outputs) == [[text.output] for text in texts]
+    assert llm.num_compilations == 0
+    check_decode_program(llm, tp=tp)
+    llm.shutdown()
+
+
+@pytest.fixture(scope="module")
+def several_steps() -> Iterator[LLM]:
+    """One device, and four decode steps in a call."""
+    llm = load("untied", max_decode_steps=4, max_num_seqs=1)
+    yield llm
+    llm.shutdown()
+
+
+def test_one_device_decodes_in_place(several_steps: LLM) -> None:
+    texts = read_texts("untied")
+    outputs = several_steps.generate([text.prompt for text in texts], greedy(48), use_tqdm=False)
+    assert tokens_of(outputs) == [[text.output] for text in texts]
+    check_decode_program(several_steps, tp=1)
+    check_in_place(several_steps, program_text(several_steps, "prefill", 32))
+
+
+def check_decode_program(llm: LLM, *, tp: int) -> None:
+    """Two sums over devices per layer and one for the embedding, logits gathered, caches updated where they lie."""
+    text = program_text(llm, "decode", 1)
+    num_layers = llm.model_config.num_hidden_layers
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    collectives = re.findall(rf" = (.+?) ({kinds})(?:-start)?\(", text)
+    expected = 2 * num_layers + 1 if tp > 1 else 0
+    assert sum(name == "all-reduce" for _, name in collectives) == expected
+    logits = f"f32[1,{-(-llm.model_config.vocab_size // tp) * tp}]"
+    others = [shape.split("{")[0] for shape, name in collectives if name != "all-reduce"]
+    assert others == ([logits] if tp > 1 else [])
+    check_in_place(llm, text)
+
+
+def check_in_place(llm: LLM, text: str) -> None:
+    """All pools and all state arrays are taken over, and nothing of a pool's shape is copied."""
+    runner = llm._engine.engine.runner
+    (aliases,) = re.findall(r"input_output_alias=\{(.*?)\}, entry_computation_layout", text)
+    num_donated = 2 * llm.model_config.num_hidden_layers + len(runner._state)
+    assert aliases.count("-alias") == num_donated
+    pool = runner._kv_cache[0][0].addressable_shards[0].data.shape
+    pool_shape = re.escape(f"f32[{','.join(map(str, pool))}]")
+    assert re.search(pool_shape, text)
+    assert not re.findall(rf"= {pool_shape}\S* copy(?:-start)?\(", text)
+
+
+def program_text(llm: LLM, name: str, bucket: int) -> str:
+    """Return a program's optimised HLO."""
+    text = llm._engine.engine.runner.programs[name, bucket].as_text()
+    assert text is not None
+    return text
