@@ -21,6 +21,7 @@ def test_devices_agree_with_hugging_face(case: str, tp: int) -> None:
     assert tokens_of(outputs) == [[text.output] for text in texts]
     assert llm.num_compilations == 0
     check_decode_program(llm, tp=tp)
+    check_in_place(llm, program_text(llm, "prefill", 32))
     llm.shutdown()
 
 

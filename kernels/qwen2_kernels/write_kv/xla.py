@@ -44,5 +44,5 @@ def _scatter(pool: Array, slot_mapping: Array, rows: Array, scale: float) -> Arr
         return jax.lax.dynamic_update_slice(pool, jnp.where(slot_mapping[0] < 0, old, rows[None]), start)
     # A negative index would count from the end: -1 becomes one past the last slot, which "drop" leaves out.
     slots = jnp.where(slot_mapping < 0, blocks * block_size, slot_mapping)
-    flat = pool.reshape(blocks * block_size, *row_shape)
-    return flat.at[slots].set(rows, mode="drop").reshape(pool.shape)
+    # Indexed by block and offset, because XLA copies a pool that is reshaped first where a row is a single head.
+    return pool.at[slots // block_size, slots % block_size].set(rows, mode="drop")
