@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qwen2_jax.engine.schedule import SchedulerOutput
 from qwen2_jax.engine.step_results import Launched
@@ -13,6 +15,10 @@ from tests.integration.golden import check_idle, greedy, load, tokens_of
 
 pytestmark = pytest.mark.slow
 
+# The engines serve all examples of a module; drawing the same examples every time keeps CI's verdict steady.
+EXAMPLES = settings(
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 MODELS = ("tied", "window_partial", "window_all")
 VOCAB_SIZE = 384
 
@@ -50,18 +56,24 @@ def tight(model: str) -> Iterator[LLM]:
     llm.shutdown()
 
 
-def test_batched_is_alone(chunked: LLM) -> None:
-    work = make_work(seed=1, count=10, longest_prompt=120)
+@EXAMPLES
+@given(data=st.data())
+def test_batched_is_alone(chunked: LLM, data: st.DataObject) -> None:
+    work = data.draw(works(longest_prompt=120))
     assert together(chunked, work) == alone(chunked, work)
 
 
-def test_chunked_is_whole(chunked: LLM, whole: LLM) -> None:
-    work = make_work(seed=2, count=8, longest_prompt=200)
+@EXAMPLES
+@given(data=st.data())
+def test_chunked_is_whole(chunked: LLM, whole: LLM, data: st.DataObject) -> None:
+    work = data.draw(works(longest_prompt=200))
     assert together(chunked, work) == together(whole, work)
 
 
-def test_several_steps_are_one(chunked: LLM, tight: LLM) -> None:
-    work = make_work(seed=3, count=6, longest_prompt=40)
+@EXAMPLES
+@given(data=st.data())
+def test_several_steps_are_one(chunked: LLM, tight: LLM, data: st.DataObject) -> None:
+    work = data.draw(works(longest_prompt=40))
     assert alone(tight, work) == alone(chunked, work)
 
 
@@ -117,6 +129,20 @@ def sampling(*, seed: int, max_tokens: int = 20) -> SamplingParams:
     return SamplingParams(
         temperature=0.9, top_p=0.9, seed=seed, max_tokens=max_tokens, ignore_eos=True, detokenize=False
     )
+
+
+@st.composite
+def works(draw: st.DrawFn, *, longest_prompt: int) -> Work:
+    """Draw up to eight requests, greedy or sampled; a failure shrinks to few and short ones."""
+    request = st.tuples(
+        st.integers(1, longest_prompt), st.integers(0, 2**16), st.integers(1, 35), st.none() | st.integers(0, 2**63 - 1)
+    )
+    work: Work = []
+    for length, content, max_tokens, seed in draw(st.lists(request, min_size=1, max_size=8)):
+        prompt = np.random.default_rng(content).integers(VOCAB_SIZE, size=length).tolist()
+        params = greedy(max_tokens) if seed is None else sampling(seed=seed, max_tokens=max_tokens)
+        work.append((prompt, params))
+    return work
 
 
 def make_work(*, seed: int, count: int, longest_prompt: int, shortest_output: int = 5) -> Work:
