@@ -57,12 +57,14 @@ class LLM:
         **options: Any,
     ) -> None:
         load, engine_config = split_options(options)
-        token = load.hf_token if isinstance(load.hf_token, str) else None
-        path = resolve(model, revision=load.revision, token=token)
+        token, has_weights = load.hf_token, load.load_format != "dummy"
+        path = resolve(model, revision=load.revision, token=token, weights=has_weights)
         checkpoint = read_checkpoint(path, load)
         self._tokenizer = None
         if not skip_tokenizer_init:
-            source = checkpoint.tokenizer_source if tokenizer is None else resolve(tokenizer, token=token)
+            source = (
+                checkpoint.tokenizer_source if tokenizer is None else resolve(tokenizer, token=token, weights=False)
+            )
             self._tokenizer = _read_tokenizer(source)
         self._generation_config = _generation_config(generation_config, checkpoint.generation_config)
         self._generation_config |= override_generation_config or {}

@@ -67,20 +67,19 @@ class PoolLayout:
 
 
 def count_blocks(
-    layout: PoolLayout, cache: CacheConfig, *, workspace_bytes: int, blocks_per_sequence: int, max_num_seqs: int
+    layout: PoolLayout, cache: CacheConfig, *, workspace_bytes: int, blocks_needed: int, blocks_useful: int
 ) -> int:
     """Return P, how many blocks fit on each device, the unused block 0 included; the log says how it comes about.
 
-    `workspace_bytes` is what the largest step takes besides its arguments. Never more than every row at its longest
-    needs. Raises `CapacityError` when one sequence of the full length does not fit.
+    `workspace_bytes` is what the largest step takes besides its arguments. One sequence of the full length holds
+    `blocks_needed` at most: `CapacityError` if they do not fit. More than `blocks_useful` are never filled.
     """
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
-    useful = max_num_seqs * blocks_per_sequence + 1
     available, account = _available_bytes(cache, workspace_bytes)
-    blocks = min(available // layout.block_bytes, useful)
-    if blocks < blocks_per_sequence + 1:
-        needed = (blocks_per_sequence + 1) * layout.block_bytes
+    blocks = min(available // layout.block_bytes, blocks_useful + 1)
+    if blocks < blocks_needed + 1:
+        needed = (blocks_needed + 1) * layout.block_bytes
         raise CapacityError(
             f"one sequence of the longest length needs {needed / 2**30:.3f} GiB of cache, and there are "
             f"{max(available, 0) / 2**30:.3f} GiB ({account}): lower max_model_len, max_num_batched_tokens or "

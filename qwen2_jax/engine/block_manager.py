@@ -8,6 +8,14 @@ from qwen2_jax.cache.prefix_cache import PrefixCache, block_key
 from qwen2_jax.engine.request import Request, RequestStatus
 
 
+def peak_blocks(num_tokens: int, *, block_size: int, max_step_tokens: int, release_window: int | None) -> int:
+    """Blocks that `num_tokens` tokens of one request hold at most; see `BlockManager` for the arguments."""
+    needed = -(-num_tokens // block_size)
+    if release_window is None:
+        return needed
+    return min(needed, -(-(release_window + max_step_tokens) // block_size) + 1)
+
+
 class BlockManager:
     """The block pool and the prefix cache, as operations on requests."""
 
@@ -37,10 +45,12 @@ class BlockManager:
 
     def peak_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of `num_tokens` tokens holds at most, when its steps are confirmed one by one."""
-        needed = self.blocks_for(num_tokens)
-        if self._release_window is None:
-            return needed
-        return min(needed, self.blocks_for(self._release_window + self._max_step_tokens) + 1)
+        return peak_blocks(
+            num_tokens,
+            block_size=self._block_size,
+            max_step_tokens=self._max_step_tokens,
+            release_window=self._release_window,
+        )
 
     def shared_blocks(self, request: Request) -> list[int]:
         """Return the computed blocks that `request` can start from: its leader's, else the prefix cache's.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
+from qwen2_jax.engine.block_manager import peak_blocks
 from qwen2_jax.engine.compilation import use_persistent_cache
 from qwen2_jax.engine.engine import Engine
 from qwen2_jax.engine.input_processor import InputProcessor
@@ -41,8 +42,10 @@ def build_engine(
     config = options.resolve(model, jax.default_backend())
     loaded = load_model(checkpoint, model, load, options)
     logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
-    runner = ModelRunner(loaded, config, use_tqdm=load.use_tqdm_on_load)
-    scheduler = Scheduler(_scheduler_config(model, config), runner.num_blocks)
+    limits = _scheduler_config(model, config)
+    runner = ModelRunner(loaded, config, blocks_needed=_blocks_needed(limits))
+    scheduler = Scheduler(limits, runner.num_blocks)
+    runner.compile(use_tqdm=load.use_tqdm_on_load)  # last, because it takes longest and nothing can be refused after it
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
     return Engine(runner, scheduler, inputs, tokenizer), model, config
 
@@ -67,6 +70,16 @@ def _scheduler_config(model: ModelConfig, config: ResolvedConfig) -> SchedulerCo
     )
 
 
+def _blocks_needed(limits: SchedulerConfig) -> int:
+    """Return the blocks that one sequence of the full length holds at most."""
+    return peak_blocks(
+        limits.max_model_len,
+        block_size=limits.block_size,
+        max_step_tokens=limits.max_num_batched_tokens,
+        release_window=limits.release_window,
+    )
+
+
 def _eos_token_ids(
     model: ModelConfig, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
 ) -> tuple[int, ...]:
@@ -84,6 +97,10 @@ def _reserve_device_memory(fraction: float) -> None:
     JAX reads it when it first touches a device; a process that has done so already keeps the share it has, and the
     cache's log line says what that is.
     """
-    if _MEMORY_FRACTION not in os.environ:
-        os.environ[_MEMORY_FRACTION] = str(fraction)
+    given = os.environ.setdefault(_MEMORY_FRACTION, str(fraction))
+    if given != str(fraction):
+        logger.warning(
+            "gpu_memory_utilization=%s has no effect: %s=%s was set before; unset it, or start a new process",
+            fraction, _MEMORY_FRACTION, given,
+        )  # fmt: skip
     logger.info("JAX may take %s of each GPU's memory (%s)", os.environ[_MEMORY_FRACTION], _MEMORY_FRACTION)

@@ -23,6 +23,7 @@ from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout
 from qwen2_jax.engine.step_results import Launched
+from qwen2_jax.models.qwen2 import KVCache
 from qwen2_jax.parallel import replicated
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,11 @@ _PROBE_BLOCKS = 16
 class ModelRunner:
     """One model, compiled for its buckets."""
 
-    def __init__(self, model: LoadedModel, config: ResolvedConfig, *, use_tqdm: bool = True) -> None:
-        """Compile every program, and allocate the caches from the memory that is left."""
+    def __init__(self, model: LoadedModel, config: ResolvedConfig, *, blocks_needed: int) -> None:
+        """Count the cache blocks that fit beside the model; nothing can run before `compile`.
+
+        One sequence of the full length holds `blocks_needed` blocks at most: `CapacityError` if they do not fit.
+        """
         self._model, self._config = model, config
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
@@ -54,10 +58,15 @@ class ModelRunner:
         initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
         self._state = jax.jit(initial, out_shardings=self._replicated)()
         self._pools = PoolLayout.of(model.config, config.cache, model.dtype, model.mesh.shape["tp"])
-        self.num_blocks = self._count_blocks()
-        self._compiled = compile_programs(self._specs(), model.mesh, use_tqdm=use_tqdm)
-        self._kv_cache = self._pools.allocate(model.mesh, self.num_blocks)
+        self.num_blocks = self._count_blocks(blocks_needed)
+        self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
+        self._kv_cache: KVCache = ()
         self._counter = CompilationCounter()
+
+    def compile(self, *, use_tqdm: bool = True) -> None:
+        """Compile every program and allocate the cache."""
+        self._compiled = compile_programs(self._specs(), self._model.mesh, use_tqdm=use_tqdm)
+        self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
 
     @property
     def num_compilations(self) -> int:
@@ -142,7 +151,7 @@ class ModelRunner:
         packed[1 : 1 + len(values)] = values.view(np.int32)
         self._state = self._compiled[f"set_{name}", 0](self._state, self._to_device(packed))
 
-    def _count_blocks(self) -> int:
+    def _count_blocks(self, blocks_needed: int) -> int:
         """Size the cache by what the step with the largest workspace leaves, which XLA tells once it is compiled."""
         config, key = self._config, ("embed" if self._is_embedding else "prefill", self._config.prefill_buckets[-1])
         workspace = 0
@@ -156,8 +165,8 @@ class ModelRunner:
             self._pools,
             config.cache,
             workspace_bytes=workspace,
-            blocks_per_sequence=config.blocks_per_sequence,
-            max_num_seqs=config.max_num_seqs,
+            blocks_needed=blocks_needed,
+            blocks_useful=config.max_num_seqs * config.blocks_per_sequence,
         )
 
     def _specs(self, num_blocks: int | None = None) -> dict[ProgramKey, ProgramSpec]:

@@ -21,7 +21,9 @@ _TEXTS = ["*.json", "*.txt", "*.jinja"]
 _WEIGHTS = ["*.safetensors", "params/**"]
 
 
-def resolve(model: str | Path, *, revision: str | None = None, token: str | None = None, weights: bool = True) -> Path:
+def resolve(
+    model: str | Path, *, revision: str | None = None, token: str | bool | None = None, weights: bool = True
+) -> Path:
     """Return the local folder or GGUF file of `model`, downloading it where it is not cached.
 
     `model` is a path that exists, the name of an embedded model (`smollm2`), a hub id (`owner/name`), or a GGUF file on
@@ -39,7 +41,7 @@ def resolve(model: str | Path, *, revision: str | None = None, token: str | None
     return _download(name, revision, token, _TEXTS + _WEIGHTS if weights else _TEXTS)
 
 
-def _download(name: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, token: str | bool | None, patterns: list[str]) -> Path:
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
     at = f"revision {revision!r} of {name!r}" if revision else repr(name)

@@ -12,16 +12,21 @@ Shape = tuple[int, ...]
 Axes = tuple[str | None, ...]
 
 
+def param(value: Array, axes: Axes) -> nnx.Param[Array]:
+    """Return a parameter whose axes are sharded over the mesh axes named in `axes`; as it is where no mesh is set."""
+    return nnx.Param(value) if out_sharding() is None else nnx.Param(value, out_sharding=axes)
+
+
 def weight(rngs: nnx.Rngs, shape: Shape, axes: Axes, std: float, dtype: jnp.dtype) -> nnx.Param[Array]:
-    """Return a normally distributed weight whose axes are sharded over the mesh axes named in `axes`."""
-    return nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype), out_sharding=axes)
+    """Return a normally distributed weight; see `param` for `axes`."""
+    return param(nnx.initializers.normal(std)(rngs.params(), shape, dtype), axes)
 
 
 class Qwen2RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019) of the sum of its input and the residual."""
 
     def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones((size,), dtype), out_sharding=(None,))
+        self.weight = param(jnp.ones((size,), dtype), (None,))
         self.eps = eps
 
     def __call__(
@@ -60,7 +65,7 @@ class QKVProj(nnx.Module):
         self, size: int, kv_heads: int, group: int, head_dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         self.kernel = weight(rngs, (size, kv_heads, group + 2, head_dim), (None, TP, None, None), std, dtype)
-        self.bias = nnx.Param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), out_sharding=(TP, None, None))
+        self.bias = param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), (TP, None, None))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T K G+2 H"]:
         """Project; no communication."""
@@ -109,7 +114,7 @@ class Linear(nnx.Module):
 
     def __init__(self, size: int, out_size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kernel = weight(rngs, (size, out_size), (None, None), std, dtype)
-        self.bias = nnx.Param(jnp.zeros((out_size,), dtype), out_sharding=(None,))
+        self.bias = param(jnp.zeros((out_size,), dtype), (None,))
 
     def __call__(self, x: Float[Array, "R D"]) -> Float[Array, "R E"]:
         """Return `x @ kernel + bias`."""
