@@ -24,11 +24,13 @@ class ProgramSpec:
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
     out_shardings: Any
+    matmul_precision: str | None = None
+    """`jax.default_matmul_precision`; None lets a GPU multiply float32 in TF32."""
 
 
 def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
     """Compile one program under `mesh`."""
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision(spec.matmul_precision):
         jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
         return jitted.lower(*spec.arguments).compile()
 

@@ -54,6 +54,8 @@ class ModelRunner:
             max_decode_steps=config.max_decode_steps,
             max_logprobs=config.max_logprobs,
         )
+        # Who asks for float32 means it: TF32 has ten bits of mantissa, log-probabilities would be off by 1e-2.
+        self._matmul_precision = "highest" if model.dtype == "float32" else None
         self._params_spec = jax.tree.map(_spec, model.params)
         initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
         self._state = jax.jit(initial, out_shardings=self._replicated)()
@@ -182,6 +184,7 @@ class ModelRunner:
                 arguments=(self._params_spec, kv_cache, state, self._vector(packed_size(layout))),
                 donated=(1, 2),
                 out_shardings=(*caches, self._replicated),
+                matmul_precision=self._matmul_precision,
             )
 
         specs: dict[ProgramKey, ProgramSpec] = {}
@@ -208,6 +211,7 @@ class ModelRunner:
                 function=programs.prompt_logprobs,
                 arguments=(self._params_spec, hidden, self._vector(tokens)),
                 out_shardings=self._replicated,
+                matmul_precision=self._matmul_precision,
             )
         for name, array in state.items():
             specs[f"set_{name}", 0] = ProgramSpec(

@@ -50,9 +50,48 @@ def test_options_are_refused(options: dict[str, Any], message: str) -> None:
         ({"num_gpu_blocks_override": 16}, "needs 16 cache blocks of 16 tokens, and there are 15"),
     ],
 )
-def test_too_little_memory_for_one_sequence(options: dict[str, Any], message: str) -> None:
+def test_too_little_memory_for_one_sequence(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the programs are compiled, which takes a minute on a GPU."""
+    monkeypatch.setattr("qwen2_jax.engine.model_runner.compile_programs", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises(CapacityError, match=message):
         load("tied", **options)
+
+
+def test_a_sliding_window_needs_cache_for_the_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Window 16, chunks of 32 tokens, blocks of 16: four blocks serve the full length of 256 tokens, not sixteen."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "qwen2_jax.engine.model_runner.count_blocks",
+        lambda *_, **options: seen.append(options) or options["blocks_needed"],
+    )
+    with pytest.raises(CapacityError, match="needs 4 cache blocks of 16 tokens, and there are 3"):
+        load("window_all")
+    assert [options["blocks_needed"] for options in seen] == [4]
+
+
+def test_the_hub_is_asked_for_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def resolve(model: str, **options: Any) -> Path:
+        asked.append(options)
+        return GOLDEN / model
+
+    monkeypatch.setattr("qwen2_jax.llm.resolve", resolve)
+    for options in ({"hf_token": False, "load_format": "dummy"}, {"hf_token": "secret"}):
+        with pytest.raises(ConfigError, match="tensor_parallel_size=5"):
+            load("tied", tensor_parallel_size=5, **options)
+    assert [(options["token"], options["weights"]) for options in asked] == [(False, False), ("secret", True)]
+
+
+def test_another_share_of_the_memory_is_not_ignored_silently(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    with pytest.raises(ConfigError), caplog.at_level(logging.WARNING):
+        load("tied", gpu_memory_utilization=0.8, tensor_parallel_size=5)
+    assert "gpu_memory_utilization=0.8 has no effect" in caplog.text
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
