@@ -88,25 +88,35 @@ class OProj(nnx.Module):
 
 
 class GateUpProj(nnx.Module):
-    """The MLP's fused gate (index 0) and up (index 1) projections."""
+    """The MLP's fused gate (index 0) and up (index 1) projections; the kernel is [2, F, D]."""
 
     def __init__(self, size: int, intermediate: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kernel = weight(rngs, (size, 2, intermediate), (None, None, TP), std, dtype)
+        self.kernel = weight(rngs, (2, intermediate, size), (None, TP, None), std, dtype)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T 2 F"]:
         """Project; no communication."""
-        return jnp.einsum("td,dcf->tcf", x, self.kernel[...])
+        return jnp.einsum("td,cfd->tcf", x, self.kernel[...])
+
+    def features_first(self, x: Float[Array, "T D"]) -> Float[Array, "2 F T"]:
+        """Project with the kernel as the left operand."""
+        return jnp.einsum("cfd,td->cft", self.kernel[...], x)
 
 
 class DownProj(nnx.Module):
-    """The MLP's output projection, row-parallel."""
+    """The MLP's output projection, row-parallel; the kernel is [D, F]."""
 
     def __init__(self, intermediate: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kernel = weight(rngs, (intermediate, size), (TP, None), std, dtype)
+        self.kernel = weight(rngs, (size, intermediate), (None, TP), std, dtype)
 
     def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "T D"]:
         """Project; one all-reduce."""
-        return jnp.einsum("tf,fd->td", x, self.kernel[...], out_sharding=out_sharding(None, None))
+        return jnp.einsum("tf,df->td", x, self.kernel[...], out_sharding=out_sharding(None, None))
+
+    def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "T D"]:
+        """Project with the kernel as the left operand; one all-reduce."""
+        out = jnp.einsum("df,ft->dt", self.kernel[...], x, out_sharding=out_sharding(None, None))
+        # Without the barrier XLA turns the transposed product back into one with the kernel on the right.
+        return jax.lax.optimization_barrier(out).T
 
 
 class Linear(nnx.Module):

@@ -79,6 +79,6 @@ _PLACES: dict[tuple[str | int, ...], Callable[[WeightLayout, np.ndarray], np.nda
     ("qkv_proj", "kernel"): _place_qkv_kernel,
     ("qkv_proj", "bias"): _place_qkv,
     ("o_proj", "kernel"): _place_o_proj,
-    ("gate_up_proj", "kernel"): lambda layout, leaf: _pad(leaf, 2, layout.intermediate_size),
-    ("down_proj", "kernel"): lambda layout, leaf: _pad(leaf, 0, layout.intermediate_size),
+    ("gate_up_proj", "kernel"): lambda layout, leaf: _pad(leaf, 1, layout.intermediate_size),
+    ("down_proj", "kernel"): lambda layout, leaf: _pad(leaf, 1, layout.intermediate_size),
 }

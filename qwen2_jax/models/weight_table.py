@@ -1,7 +1,8 @@
 """Which of a checkpoint's tensors make up each leaf of the model's tree, and how.
 
 Sizes here are the checkpoint's own: D hidden, N query heads, K key-value heads, G = N/K, H head_dim, F intermediate,
-V vocabulary, E embedding. A checkpoint stores a projection as [out, in]; the tree stores [in, out].
+V vocabulary, E embedding. A checkpoint stores a projection as [out, in]; the tree stores the MLP's so, and [in, out]
+elsewhere.
 """
 
 from collections.abc import Callable
@@ -80,8 +81,8 @@ def _layer(config: ModelConfig, layer: int) -> list[Leaf]:
         ),
         _projection((*at, "self_attn", "o_proj", "kernel"), f"{hf}.self_attn.o_proj.weight", d, n * h, (k, g, h, d)),
         _copied((*at, "post_attention_layernorm", "weight"), f"{hf}.post_attention_layernorm", d),
-        Leaf(path=(*at, "mlp", "gate_up_proj", "kernel"), shape=(d, 2, f), sources=gate_up, fill=_fill_gate_up),
-        _projection((*at, "mlp", "down_proj", "kernel"), f"{hf}.mlp.down_proj.weight", d, f, (f, d)),
+        Leaf(path=(*at, "mlp", "gate_up_proj", "kernel"), shape=(2, f, d), sources=gate_up, fill=_fill_gate_up),
+        _copied((*at, "mlp", "down_proj", "kernel"), f"{hf}.mlp.down_proj", d, f),
     ]
 
 
@@ -102,7 +103,7 @@ def _transpose(out: np.ndarray, _: int, tensor: np.ndarray) -> None:
 
 
 def _fill_gate_up(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
-    _transpose_into(out[:, index], tensor)
+    out[index] = tensor
 
 
 def _fill_qkv(out: np.ndarray, index: int, tensor: np.ndarray) -> None:

@@ -101,7 +101,7 @@ def test_never_overwrites(tmp_path: Path):
 def test_an_unfitting_tree_is_named(tmp_path: Path):
     convert(make_tiny_model(tmp_path / "hf"), tmp_path / "orbax")
     (tmp_path / "orbax" / "config.json").write_text((tmp_path / "hf" / "config.json").read_text().replace("48", "50"))
-    with pytest.raises(CheckpointError, match=r"gate_up_proj/kernel' has shape \[32, 2, 48\], .* needs \[32, 2, 50\]"):
+    with pytest.raises(CheckpointError, match=r"gate_up_proj/kernel' has shape \[2, 48, 32\], .* needs \[2, 50, 32\]"):
         load(open_checkpoint(tmp_path / "orbax"), np.float32)
 
 

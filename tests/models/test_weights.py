@@ -51,10 +51,10 @@ def test_the_tree_computes_what_the_tensors_compute(tmp_path: Path, heads: tuple
         heads_out = np.random.default_rng(1).normal(size=(k, n // k, 6)).astype(np.float32)
         o_proj = np.einsum("kgh,kghd->d", heads_out, layer["self_attn"]["o_proj"]["kernel"])
         np.testing.assert_allclose(o_proj, tensors[f"{hf}self_attn.o_proj.weight"] @ heads_out.reshape(-1), atol=1e-5)
-        gate, up = np.einsum("d,dcf->cf", y, layer["mlp"]["gate_up_proj"]["kernel"])
+        gate, up = np.einsum("d,cfd->cf", y, layer["mlp"]["gate_up_proj"]["kernel"])
         np.testing.assert_allclose(gate, tensors[f"{hf}mlp.gate_proj.weight"] @ y, atol=1e-5)
         np.testing.assert_allclose(up, tensors[f"{hf}mlp.up_proj.weight"] @ y, atol=1e-5)
-        np.testing.assert_array_equal(layer["mlp"]["down_proj"]["kernel"], tensors[f"{hf}mlp.down_proj.weight"].T)
+        np.testing.assert_array_equal(layer["mlp"]["down_proj"]["kernel"], tensors[f"{hf}mlp.down_proj.weight"])
         np.testing.assert_array_equal(layer["input_layernorm"]["weight"], tensors[f"{hf}input_layernorm.weight"])
     np.testing.assert_array_equal(tree["lm_head"]["embedding"], tensors["lm_head.weight"])
     np.testing.assert_array_equal(tree["model"]["embed_tokens"]["embedding"], tensors["model.embed_tokens.weight"])
@@ -96,7 +96,7 @@ def test_put_sees_one_leaf_at_a_time_and_what_it_returns_is_the_tree(tmp_path: P
     config = ModelConfig.from_hf(checkpoint.config)
     tree = load_weights(checkpoint, config, dtype=np.float32, put=put, use_tqdm=False)
     assert seen == list(flatten(tree))
-    assert tree["model"]["layers"][1]["mlp"]["down_proj"]["kernel"] == "(48, 32)"
+    assert tree["model"]["layers"][1]["mlp"]["down_proj"]["kernel"] == "(32, 48)"
     assert len(seen) == len(set(seen)) == 2 * 7 + 3
 
 
@@ -174,9 +174,9 @@ def test_a_padded_layout_computes_the_same(tmp_path: Path, heads: tuple[int, int
 
     mlps = []
     for layer in (ours, theirs):
-        gate, up = np.einsum("d,dcf->cf", x, layer["mlp"]["gate_up_proj"]["kernel"])
-        mlps.append((gate * up) @ layer["mlp"]["down_proj"]["kernel"])
-    assert ours["mlp"]["down_proj"]["kernel"].shape == (56, 32)
+        gate, up = np.einsum("d,cfd->cf", x, layer["mlp"]["gate_up_proj"]["kernel"])
+        mlps.append(layer["mlp"]["down_proj"]["kernel"] @ (gate * up))
+    assert ours["mlp"]["down_proj"]["kernel"].shape == (32, 56)
     np.testing.assert_allclose(*mlps, atol=1e-4)
 
     for head in (placed["lm_head"]["embedding"], placed["model"]["embed_tokens"]["embedding"]):
