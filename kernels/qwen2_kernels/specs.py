@@ -185,3 +185,16 @@ RAGGED_SPECS = (
     ),
 )
 """Every kind of step at small sizes: decodes, prompts, chunks and mixtures, around the edges of chunks and tiles."""
+
+
+DECODE_BENCHES: tuple[tuple[int, int], ...] = ((1, 4096), (8, 1024), (32, 600), (32, 2048), (128, 1024), (256, 640))
+"""Decode steps to time: rows, and the context of each."""
+
+PREFILL_BENCHES: dict[str, tuple[Row, ...]] = {
+    "1 x 8192": _prompts(8192),
+    "4 x 2048": _prompts(*[2048] * 4),
+    "16 x 512": _prompts(*[512] * 16),
+    "2048 after 6144": ((2048, 8192),),
+    "128 decodes, 1 x 2048": (*_decodes(*[640] * 128), *_prompts(2048)),
+}
+"""Steps with prefills to time."""

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 CPU_CACHE_BYTES = 2 * 2**30
 """The most that the cache takes on a CPU unless `kv_cache_memory_bytes` says otherwise."""
+_ROUND = 16
+"""Large caches have a multiple of this many blocks, so that a few free bytes more or less need no other programs."""
 FRAGMENTATION = 0.02
 """The share of a GPU's memory that the allocator may lose between its pieces."""
 
@@ -35,12 +37,12 @@ class PoolLayout:
     tp: int
 
     @classmethod
-    def of(cls, model: ModelConfig, cache: CacheConfig, dtype: str, tp: int) -> "PoolLayout":
+    def of(cls, model: ModelConfig, block_size: int, dtype: str, tp: int) -> "PoolLayout":
         """Return the layout for a model whose weights have `dtype`."""
         heads = HeadLayout(model.num_attention_heads, model.num_key_value_heads, tp)
         return cls(
             num_layers=model.num_hidden_layers,
-            block_size=cache.block_size,
+            block_size=block_size,
             kv_heads=heads.padded_kv_heads,
             head_dim=model.head_dim,
             dtype=dtype,
@@ -78,6 +80,7 @@ def count_blocks(
         return cache.num_gpu_blocks_override
     available, account = _available_bytes(cache, workspace_bytes)
     blocks = min(available // layout.block_bytes, blocks_useful + 1)
+    blocks -= blocks % _ROUND if blocks > 100 * _ROUND else 0
     if blocks < blocks_needed + 1:
         needed = (blocks_needed + 1) * layout.block_bytes
         raise CapacityError(

@@ -101,7 +101,7 @@ class BatchBuilder:
         part["input_ids"][:] = -1
         part["input_ids"][: known - row.start] = request.tokens(row.start, known)
         positions = np.arange(row.start, stop, dtype=np.int32)
-        block_size = self._config.cache.block_size
+        block_size = self._config.block_size
         part["position_ids"][:] = positions
         part["token_rows"][:] = request.row_index
         part["slot_mapping"][:] = (

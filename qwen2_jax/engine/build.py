@@ -37,13 +37,13 @@ def build_engine(
 ) -> tuple[Engine, ModelConfig, ResolvedConfig]:
     """Return an engine that is ready to serve. Raises `ConfigError` and its kin for what cannot be served."""
     _reserve_device_memory(options.cache.gpu_memory_utilization)
-    use_persistent_cache()
+    cache_directory = use_persistent_cache()
     model = model_config(checkpoint, load)
     config = options.resolve(model, jax.default_backend())
     loaded = load_model(checkpoint, model, load, options)
     logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
     limits = _scheduler_config(model, config)
-    runner = ModelRunner(loaded, config, blocks_needed=_blocks_needed(limits))
+    runner = ModelRunner(loaded, config, blocks_needed=_blocks_needed(limits), cache_directory=cache_directory)
     scheduler = Scheduler(limits, runner.num_blocks)
     runner.compile(use_tqdm=load.use_tqdm_on_load)  # last, because it takes longest and nothing can be refused after it
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
@@ -61,7 +61,7 @@ def _scheduler_config(model: ModelConfig, config: ResolvedConfig) -> SchedulerCo
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
-        block_size=config.cache.block_size,
+        block_size=config.block_size,
         max_decode_steps=config.max_decode_steps,
         enable_chunked_prefill=config.config.enable_chunked_prefill,
         enable_prefix_caching=config.cache.enable_prefix_caching,

@@ -13,6 +13,8 @@ import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from qwen2_jax.engine.executable_cache import ExecutableCache
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -35,27 +37,41 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         return jitted.lower(*spec.arguments).compile()
 
 
-def compile_programs[K](specs: Mapping[K, ProgramSpec], mesh: Mesh, *, use_tqdm: bool) -> dict[K, jax.stages.Compiled]:
-    """Compile all of `specs` in as many threads as there are cores; a progress bar counts them."""
+def compile_programs[K](
+    specs: Mapping[K, ProgramSpec], mesh: Mesh, cache: ExecutableCache | None, *, use_tqdm: bool
+) -> dict[K, jax.stages.Compiled]:
+    """Load from `cache` or compile all of `specs`, in as many threads as there are cores; a progress bar counts them."""
+
+    def load_or_compile(key: K, spec: ProgramSpec) -> jax.stages.Compiled:
+        if cache is None:
+            return compile_program(spec, mesh)
+        found = cache.load(repr(key))
+        if found is not None:
+            return found
+        program = compile_program(spec, mesh)
+        cache.save(repr(key), program)
+        return program
+
     compiled = {}
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count()) as threads,
         tqdm(total=len(specs), desc="Compiling", unit="program", disable=not use_tqdm) as progress,
     ):
-        futures = {threads.submit(compile_program, spec, mesh): key for key, spec in specs.items()}
+        futures = {threads.submit(load_or_compile, key, spec): key for key, spec in specs.items()}
         for future in as_completed(futures):
             compiled[futures[future]] = future.result()
             progress.update()
     return compiled
 
 
-def use_persistent_cache() -> None:
-    """Keep compiled programs on disk, in JAX's configured cache or else in the user's cache folder."""
+def use_persistent_cache() -> Path:
+    """Keep compiled programs on disk, in JAX's configured cache or else in the user's cache folder; return the place."""
     if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "qwen2_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return Path(jax.config.jax_compilation_cache_dir)
 
 
 class CompilationCounter:

@@ -6,6 +6,7 @@ launches, and each finds the tokens of the one before in the per-request state, 
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,30 +18,38 @@ from qwen2_jax.cache.kv_cache import PoolLayout, count_blocks
 from qwen2_jax.config import ResolvedConfig
 from qwen2_jax.engine.batch_builder import BatchBuilder
 from qwen2_jax.engine.compilation import CompilationCounter, ProgramSpec, compile_program, compile_programs
+from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.model_loader import LoadedModel
-from qwen2_jax.engine.programs import Programs
+from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout
 from qwen2_jax.engine.step_results import Launched
 from qwen2_jax.models.qwen2 import KVCache
-from qwen2_jax.parallel import replicated
+from qwen2_jax.parallel import pad_to_multiple, replicated
 
 logger = logging.getLogger(__name__)
 
 ProgramKey = tuple[str, int]
 _PROBE_BLOCKS = 16
+ROW_STATE = ("token_ids", "logit_bias", "logprob_token_ids")
+"""The arrays of the state whose rows are set from the host."""
 
 
 class ModelRunner:
     """One model, compiled for its buckets."""
 
-    def __init__(self, model: LoadedModel, config: ResolvedConfig, *, blocks_needed: int) -> None:
+    def __init__(
+        self, model: LoadedModel, config: ResolvedConfig, *, blocks_needed: int, cache_directory: Path | None = None
+    ) -> None:
         """Count the cache blocks that fit beside the model; nothing can run before `compile`.
 
         One sequence of the full length holds `blocks_needed` blocks at most: `CapacityError` if they do not fit.
+        Programs for a GPU are kept in `cache_directory`. On a CPU they are not: its code fits one kind of processor,
+        which JAX's own cache knows how to tell from others.
         """
         self._model, self._config = model, config
+        self._cache_directory = None if jax.default_backend() == "cpu" else cache_directory
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
         self._builder = BatchBuilder(config)
@@ -48,9 +57,11 @@ class ModelRunner:
             graphdef=model.graphdef,
             vocab_size=model.config.vocab_size,
             hidden_size=model.config.hidden_size,
-            block_size=config.cache.block_size,
+            block_size=config.block_size,
             blocks_per_sequence=config.blocks_per_sequence,
             max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            dtype=model.dtype,
             max_decode_steps=config.max_decode_steps,
             max_logprobs=config.max_logprobs,
         )
@@ -59,7 +70,7 @@ class ModelRunner:
         self._params_spec = jax.tree.map(_spec, model.params)
         initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
         self._state = jax.jit(initial, out_shardings=self._replicated)()
-        self._pools = PoolLayout.of(model.config, config.cache, model.dtype, model.mesh.shape["tp"])
+        self._pools = PoolLayout.of(model.config, config.block_size, model.dtype, model.mesh.shape["tp"])
         self.num_blocks = self._count_blocks(blocks_needed)
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._kv_cache: KVCache = ()
@@ -67,7 +78,8 @@ class ModelRunner:
 
     def compile(self, *, use_tqdm: bool = True) -> None:
         """Compile every program and allocate the cache."""
-        self._compiled = compile_programs(self._specs(), self._model.mesh, use_tqdm=use_tqdm)
+        cache = self._executable_cache(self.num_blocks)
+        self._compiled = compile_programs(self._specs(), self._model.mesh, cache, use_tqdm=use_tqdm)
         self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
 
     @property
@@ -101,14 +113,20 @@ class ModelRunner:
             self._kv_cache, self._state, outputs = self._run("decode", bucket, self._kv_cache, self._state, packed)
             return Launched(output, outputs)
         bucket, packed = self._builder.prefill(output)
-        self._kv_cache, self._state, (outputs, hidden) = self._run(
-            "prefill", bucket, self._kv_cache, self._state, packed
-        )
-        prompt_logprobs = None
-        if any(_wants_prompt_logprobs(row) for row in output.rows):
-            targets = _next_prompt_tokens(output, bucket)
-            prompt_logprobs = self._run("prompt_logprobs", bucket, hidden, targets)
-        return Launched(output, outputs, prompt_logprobs=prompt_logprobs)
+        self._kv_cache, self._state, outputs = self._run("prefill", bucket, self._kv_cache, self._state, packed)
+        return Launched(output, outputs, prompt_logprobs=self._prompt_logprobs(output))
+
+    def _prompt_logprobs(self, output: SchedulerOutput) -> list[Any]:
+        """Report on the tokens of the step, as many chunks of them as hold rows that ask for it."""
+        ends = np.cumsum([row.num_tokens for row in output.rows])
+        end = max((int(end) for row, end in zip(output.rows, ends, strict=True) if _wants_prompt_logprobs(row)), default=0)
+        targets = _next_prompt_tokens(output, pad_to_multiple(end, PROMPT_LOGPROBS_CHUNK))
+        return [
+            self._run("prompt_logprobs", 0, self._state, np.concatenate([[start], chunk]).astype(np.int32))
+            for start, chunk in zip(
+                range(0, end, PROMPT_LOGPROBS_CHUNK), targets.reshape(-1, PROMPT_LOGPROBS_CHUNK), strict=True
+            )
+        ]
 
     def _embed(self, output: SchedulerOutput) -> Launched:
         bucket, packed = self._builder.prefill(output)
@@ -155,21 +173,35 @@ class ModelRunner:
 
     def _count_blocks(self, blocks_needed: int) -> int:
         """Size the cache by what the step with the largest workspace leaves, which XLA tells once it is compiled."""
-        config, key = self._config, ("embed" if self._is_embedding else "prefill", self._config.prefill_buckets[-1])
-        workspace = 0
-        if jax.default_backend() != "cpu":
-            probe = compile_program(self._specs(num_blocks=_PROBE_BLOCKS)[key], self._model.mesh)
-            memory = probe.memory_analysis()
-            assert memory is not None
-            workspace = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            workspace += memory.generated_code_size_in_bytes
+        config = self._config
         return count_blocks(
             self._pools,
             config.cache,
-            workspace_bytes=workspace,
+            workspace_bytes=0 if jax.default_backend() == "cpu" else self._workspace_bytes(),
             blocks_needed=blocks_needed,
             blocks_useful=config.max_num_seqs * config.blocks_per_sequence,
         )
+
+    def _workspace_bytes(self) -> int:
+        """Return what the largest step takes besides its arguments; the number of cache blocks does not change it."""
+        cache = self._executable_cache(_PROBE_BLOCKS)
+        known = None if cache is None else cache.read("workspace")
+        if known is not None:
+            return int(known)
+        key = ("embed" if self._is_embedding else "prefill", self._config.prefill_buckets[-1])
+        memory = compile_program(self._specs(_PROBE_BLOCKS)[key], self._model.mesh).memory_analysis()
+        assert memory is not None
+        workspace = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        workspace += memory.generated_code_size_in_bytes
+        if cache is not None:
+            cache.write("workspace", str(workspace).encode())
+        return workspace
+
+    def _executable_cache(self, num_blocks: int) -> ExecutableCache | None:
+        if self._cache_directory is None:
+            return None
+        facts = (self._model.config, self._model.dtype, self._config, num_blocks)
+        return ExecutableCache(self._cache_directory / "programs", self._model.mesh, *facts)
 
     def _specs(self, num_blocks: int | None = None) -> dict[ProgramKey, ProgramSpec]:
         """Return every program with its abstract arguments, for a cache of `num_blocks`."""
@@ -201,22 +233,19 @@ class ModelRunner:
 
     def _small_specs(self, state: dict[str, Any]) -> dict[ProgramKey, ProgramSpec]:
         """The programs that are not steps: prompt log-probabilities, and setting a row of state."""
-        programs, hidden_size = self._programs, self._model.config.hidden_size
-        specs: dict[ProgramKey, ProgramSpec] = {}
-        for tokens in self._config.prefill_buckets:
-            hidden = jax.ShapeDtypeStruct(
-                (tokens, hidden_size), jnp.dtype(self._model.dtype), sharding=self._replicated
-            )
-            specs["prompt_logprobs", tokens] = ProgramSpec(
+        programs = self._programs
+        specs: dict[ProgramKey, ProgramSpec] = {
+            ("prompt_logprobs", 0): ProgramSpec(
                 function=programs.prompt_logprobs,
-                arguments=(self._params_spec, hidden, self._vector(tokens)),
+                arguments=(self._params_spec, state, self._vector(1 + PROMPT_LOGPROBS_CHUNK)),
                 out_shardings=self._replicated,
                 matmul_precision=self._matmul_precision,
             )
-        for name, array in state.items():
+        }
+        for name in ROW_STATE:
             specs[f"set_{name}", 0] = ProgramSpec(
                 function=partial(programs.set_row, name=name),
-                arguments=(state, self._vector(1 + array.shape[1])),
+                arguments=(state, self._vector(1 + state[name].shape[1])),
                 donated=(0,),
                 out_shardings=self._replicated,
             )
@@ -238,11 +267,13 @@ def _wants_prompt_logprobs(row: ScheduledRow) -> bool:
 
 
 def _next_prompt_tokens(output: SchedulerOutput, size: int) -> np.ndarray:
-    """Return, for each token of the step, the prompt token that follows it (0 where none does)."""
+    """Return, for each of the step's first `size` tokens, the prompt token that follows it (0 where none does)."""
     targets = np.zeros(size, np.int32)
     start = 0
     for row in output.rows:
-        following = row.request.prompt_token_ids[row.start + 1 : row.start + 1 + row.num_tokens]
+        if start >= size:
+            break
+        following = row.request.prompt_token_ids[row.start + 1 : row.start + 1 + row.num_tokens][: size - start]
         targets[start : start + len(following)] = following
         start += row.num_tokens
     return targets

@@ -17,9 +17,11 @@ from qwen2_jax.engine.sampler import empty_samples, logprobs_of, sample
 from qwen2_jax.engine.step_inputs import decode_layout, prefill_layout, unpack
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
+from qwen2_jax.parallel import pad_to_multiple
 from qwen2_jax.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
-PROMPT_LOGPROBS_CHUNK = 64
+PROMPT_LOGPROBS_CHUNK = 128
+"""Tokens that one call of `prompt_logprobs` looks at: their logits have the vocabulary's width."""
 
 Params = dict[str, Any]
 State = dict[str, Array]
@@ -36,20 +38,26 @@ class Programs:
     block_size: int
     blocks_per_sequence: int
     max_num_seqs: int
+    max_num_batched_tokens: int
     max_decode_steps: int
     max_logprobs: int
+    dtype: str
 
     def initial_state(self) -> State:
         """Return the per-request state, one row per running request and a spare one for padding.
 
         `token_ids` [S, L]: what the sampler wrote and, for requests that need their history, all tokens; `logit_bias`
-        [S, V] and `logprob_token_ids` [S, C] (-1: none) are set by `set_row` for requests that use them.
+        [S, V] and `logprob_token_ids` [S, C] (-1: none) are set by `set_row` for requests that use them. `hidden`
+        [T, D] holds the last prefill step's final hidden states, for `prompt_logprobs`.
         """
         rows, length = self.max_num_seqs + 1, self.blocks_per_sequence * self.block_size + 1
         return {
             "token_ids": jnp.zeros((rows, length), jnp.int32),
             "logit_bias": jnp.zeros((rows, self.vocab_size), jnp.float32),
             "logprob_token_ids": jnp.full((rows, MAX_LOGPROB_TOKEN_IDS), -1, jnp.int32),
+            "hidden": jnp.zeros(
+                (pad_to_multiple(self.max_num_batched_tokens, PROMPT_LOGPROBS_CHUNK), self.hidden_size), self.dtype
+            ),
         }
 
     def initial_pooled(self) -> State:
@@ -97,15 +105,16 @@ class Programs:
 
     def prefill(
         self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
-    ) -> tuple[KVCache, State, tuple[Outputs, Float[Array, "T D"]]]:
-        """Run one step of T tokens in R rows; returns samples with a leading axis of 1, and final hidden states."""
+    ) -> tuple[KVCache, State, Outputs]:
+        """Run one step of T tokens in R rows; samples have a leading axis of 1."""
         inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
         (hidden, _), kv_cache = model(self._prefill_batch(inputs, state), kv_cache, skip_lm_head=True)
         logits = model.compute_logits(hidden[inputs["lm_head_indices"]])
         outputs = sample(logits, inputs, state, self.max_logprobs)
         state = self._remember(state, inputs, outputs)
-        return kv_cache, state, (jax.tree.map(lambda x: x[None], outputs), hidden)
+        state |= {"hidden": jax.lax.dynamic_update_slice(state["hidden"], hidden, (0, 0))}
+        return kv_cache, state, jax.tree.map(lambda x: x[None], outputs)
 
     def embed(
         self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
@@ -121,19 +130,13 @@ class Programs:
         state = {"pooled": state["pooled"].at[inputs["row_indices"]].set(total)}
         return kv_cache, state, model.project(total, batch.context_lens)
 
-    def prompt_logprobs(self, params: Params, hidden: Float[Array, "T D"], packed: Int[Array, " T"]) -> Outputs:
-        """Report log-probabilities of the token that follows each of T, which `packed` names."""
+    def prompt_logprobs(self, params: Params, state: State, packed: Int[Array, " 1+C"]) -> Outputs:
+        """Report log-probabilities of the tokens `packed[1:]`, which follow those from `packed[0]` of the last step."""
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
-        chunk = min(PROMPT_LOGPROBS_CHUNK, hidden.shape[0])
-        padding = -hidden.shape[0] % chunk
-        hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(packed, (0, padding))
-
-        def report(part: tuple[Array, Array]) -> Outputs:
-            none = jnp.full((chunk, 1), -1, jnp.int32)
-            return logprobs_of(model.compute_logits(part[0]), part[1], none, self.max_logprobs)
-
-        parts = jax.lax.map(report, (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)))
-        return {name: value.reshape(-1, *value.shape[2:]) for name, value in parts.items()}
+        start, targets = packed[0], packed[1:]
+        hidden = jax.lax.dynamic_slice_in_dim(state["hidden"], start, targets.shape[0])
+        none = jnp.full((targets.shape[0], 1), -1, jnp.int32)
+        return logprobs_of(model.compute_logits(hidden), targets, none, self.max_logprobs)
 
     def set_row(self, state: State, packed: Int[Array, " W"], *, name: str) -> State:
         """Set row `packed[0]` of the state array `name` to the rest of `packed` (float32 as its bits)."""

@@ -1,7 +1,8 @@
 """A step's inputs as one int32 vector: one copy to the device instead of one per array.
 
 The host packs named arrays with `pack`, and the compiled step takes them apart with `unpack`; both follow the same
-layout, which depends only on the bucket. float32 fields travel as their bits.
+layout, which depends only on the bucket. float32 fields travel as their bits. Every array starts at a multiple of 16
+bytes: XLA may hand a kernel a pointer into the vector instead of a copy, and kernels load 16 bytes at a time.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from jax import Array
 
 Shape = tuple[int, ...]
+_ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,12 @@ def prefill_layout(tokens: int, rows: int, blocks: int) -> Layout:
 
 def packed_size(layout: Layout) -> int:
     """Return the length of a packed vector in int32 words."""
-    return sum(math.prod(field.shape) for field in layout.values())
+    return sum(_padded(field) for field in layout.values())
+
+
+def _padded(field: Field) -> int:
+    """Return the words that a field takes, so that the next one is aligned."""
+    return -(-math.prod(field.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
 def allocate(layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -92,7 +99,7 @@ def allocate(layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         end = start + math.prod(field.shape)
         part = packed[start:end]
         views[name] = (part.view(np.float32) if field.is_float else part).reshape(field.shape)
-        start = end
+        start += _padded(field)
     return packed, views
 
 
@@ -103,5 +110,5 @@ def unpack(packed: Array, layout: Layout) -> dict[str, Array]:
         end = start + math.prod(field.shape)
         part = packed[start:end].reshape(field.shape)
         arrays[name] = jax.lax.bitcast_convert_type(part, jnp.float32) if field.is_float else part
-        start = end
+        start += _padded(field)
     return arrays

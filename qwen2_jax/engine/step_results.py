@@ -1,6 +1,6 @@
 """What a launched call gives: read once, from copies to the host that started with the launch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -32,7 +32,7 @@ class Launched:
         output: SchedulerOutput,
         samples: Mapping[str, jax.Array] | None = None,
         *,
-        prompt_logprobs: Mapping[str, jax.Array] | None = None,
+        prompt_logprobs: Sequence[Mapping[str, jax.Array]] = (),
         embeddings: jax.Array | None = None,
     ) -> None:
         self.output = output
@@ -48,7 +48,10 @@ class Launched:
     def read(self) -> list[RowResult]:
         """Wait for the call and return its results, one per row."""
         samples = {name: np.asarray(array) for name, array in (self._samples or {}).items()}
-        prompt = {name: np.asarray(array) for name, array in (self._prompt_logprobs or {}).items()}
+        prompt = {
+            name: np.concatenate([chunk[name] for chunk in self._prompt_logprobs])
+            for name in (self._prompt_logprobs[0] if self._prompt_logprobs else ())
+        }
         embeddings = None if self._embeddings is None else np.asarray(self._embeddings)
         results, start = [], 0
         for index, row in enumerate(self.output.rows):

@@ -4,6 +4,9 @@ Everything is a pure function of its arguments: the cache goes in and comes out,
 `StepBatch`. Under a mesh the weights are sharded over its axis `"tp"`; with none set the modules run as they are.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -95,6 +98,12 @@ class FlashQwen2Layer(nnx.Module):
         return self.mlp(x), residual, kv_cache
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef: nnx.GraphDef[FlashQwen2Layer], weights: nnx.State, *inputs: Any) -> Any:
+    """Run one layer; layers of one kind are traced and lowered once, and XLA inlines the calls."""
+    return nnx.merge(graphdef, weights)(*inputs)
+
+
 class FlashQwen2Model(nnx.Module):
     """Token embeddings, the decoder layers and the final norm."""
 
@@ -119,7 +128,7 @@ class FlashQwen2Model(nnx.Module):
         x, residual, caches = self.embed_tokens(batch.input_ids), None, []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x, residual, layer_cache = layer(x, residual, rope, batch, layer_cache)
+                x, residual, layer_cache = _run_layer(*nnx.split(layer), x, residual, rope, batch, layer_cache)
             caches.append(layer_cache)
         x, _ = self.norm(x, residual)
         return x, tuple(caches)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2_jax.config import CacheConfig, EngineConfig, ResolvedConfig
+from qwen2_jax.config import EngineConfig, ResolvedConfig
 from qwen2_jax.engine.batch_builder import NOWHERE, BatchBuilder
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
@@ -13,7 +13,8 @@ from qwen2_jax.engine.step_inputs import Layout, allocate, decode_layout, prefil
 from qwen2_jax.types import SamplingParams
 
 CONFIG = ResolvedConfig(
-    config=EngineConfig(cache=CacheConfig(block_size=4)),
+    config=EngineConfig(),
+    block_size=4,
     max_model_len=24,
     max_num_seqs=4,
     max_num_batched_tokens=32,

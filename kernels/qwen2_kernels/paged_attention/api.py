@@ -1,5 +1,7 @@
 """`paged_attention`: attention of a step's queries over keys and values in paged pools."""
 
+from typing import Any
+
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -7,7 +9,14 @@ from qwen2_kernels.dispatch import select
 from qwen2_kernels.paged_attention.reference import paged_attention_reference
 from qwen2_kernels.paged_attention.xla import paged_attention_xla
 
-IMPLEMENTATIONS = {"reference": paged_attention_reference, "xla": paged_attention_xla}
+
+def _triton(*arrays: Any, **options: Any) -> Array:
+    from qwen2_kernels.paged_attention.triton_attention import paged_attention_triton
+
+    return paged_attention_triton(*arrays, **options)
+
+
+IMPLEMENTATIONS = {"reference": paged_attention_reference, "xla": paged_attention_xla, "triton": _triton}
 
 
 def paged_attention(
@@ -47,6 +56,7 @@ def paged_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown implementation.
+        NotImplementedError: a named implementation that cannot do what is asked.
     """
     if q.shape[1:2] + q.shape[3:] != k_pool.shape[2:] or k_pool.shape != v_pool.shape:
         raise ValueError(
@@ -61,8 +71,10 @@ def paged_attention(
         )
     if query_start_loc is None and q.shape[0] != rows:
         raise ValueError(f"paged_attention: decode has one query a row, not {q.shape[0]} for {rows}")
-    reason = "online softmax that every platform compiles"
-    run = select("paged_attention", IMPLEMENTATIONS, implementation, auto="xla", reason=reason)
+    reason = "it reads each block once for all heads of a group"
+    run = select(
+        "paged_attention", IMPLEMENTATIONS, implementation, gpu="triton", elsewhere="xla", reason=reason
+    )
     return run(
         q,
         k_pool,

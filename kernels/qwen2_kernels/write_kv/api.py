@@ -1,5 +1,7 @@
 """`write_kv`: rotate queries and keys, and write keys and values into the paged pools."""
 
+from typing import Any
+
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -7,7 +9,14 @@ from qwen2_kernels.dispatch import select
 from qwen2_kernels.write_kv.reference import write_kv_reference
 from qwen2_kernels.write_kv.xla import write_kv_xla
 
-IMPLEMENTATIONS = {"reference": write_kv_reference, "xla": write_kv_xla}
+
+def _triton(*arrays: Any, **options: Any) -> tuple[Array, Array, Array]:
+    from qwen2_kernels.write_kv.triton_write import write_kv_triton
+
+    return write_kv_triton(*arrays, **options)
+
+
+IMPLEMENTATIONS = {"reference": write_kv_reference, "xla": write_kv_xla, "triton": _triton}
 
 
 def write_kv(
@@ -37,6 +46,7 @@ def write_kv(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown implementation.
+        NotImplementedError: a named implementation that cannot do what is asked.
 
     The rotation is the half-split one of Hugging Face's `apply_rotary_pos_emb`, in float32 with one rounding.
     """
@@ -51,6 +61,6 @@ def write_kv(
         or slot_mapping.shape != (tokens,)
     ):
         raise ValueError(f"write_kv: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in shapes.items())}")
-    reason = "a scatter that every platform compiles"
-    run = select("write_kv", IMPLEMENTATIONS, implementation, auto="xla", reason=reason)
+    reason = "one launch that writes in place"
+    run = select("write_kv", IMPLEMENTATIONS, implementation, gpu="triton", elsewhere="xla", reason=reason)
     return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, k_scale=k_scale, v_scale=v_scale)

@@ -1,0 +1,68 @@
+"""`linear` of one token: each program multiplies a few rows of the kernel with the token and adds up along them.
+
+Nothing but the kernel's read matters here. A program keeps its products apart, [BLOCK_N, BLOCK_K] of them, until the
+loop is over, so that warps meet once; small programs, many to a multiprocessor, keep enough reads in flight.
+"""
+
+import triton
+import triton.language as tl
+
+from qwen2_kernels.linear.triton_epilogue import activate, prefetch
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr,
+    kernel_ptr,
+    norm_ptr,
+    bias_ptr,
+    residual_ptr,
+    next_ptr,
+    out_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """x [K], kernel [N, K] or [2, N, K], norm [K], bias and residual [N], out [N]; grid (N / BLOCK_N)."""
+    GATED: tl.constexpr = ACTIVATION != ""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end read the last one again: a mask would stand in the way of wide loads.
+    offsets = tl.minimum(rows, N - 1).to(tl.int64) * K
+    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up_products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for step in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
+        columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = columns < K
+        tile = offsets[:, None] + columns[None, :]
+        weights = tl.load(kernel_ptr + tile, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if HAS_NORM:
+            squares += x * x
+            x *= tl.load(norm_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        products += weights.to(tl.float32) * x[None, :]
+        if GATED:
+            weights = tl.load(kernel_ptr + N * K + tile, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+            up_products += weights.to(tl.float32) * x[None, :]
+    prefetch(next_ptr, tl.program_id(0), PREFETCH)
+    y = tl.sum(products, axis=1)
+    scale = 1.0
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + EPS)
+        y *= scale
+    if GATED:
+        y = activate(y, ACTIVATION) * (tl.sum(up_products, axis=1) * scale)
+    mask = rows < N
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=mask)

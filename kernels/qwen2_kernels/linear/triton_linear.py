@@ -1,0 +1,97 @@
+"""`linear` in Triton: which kernel, its grid, and what XLA does before and behind it."""
+
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qwen2_kernels.launch import triton_call
+from qwen2_kernels.linear.activations import ACTIVATIONS
+from qwen2_kernels.linear.config import Config, default_config, tuning_key
+from qwen2_kernels.linear.triton_dot import dot_kernel
+from qwen2_kernels.linear.triton_gemv import gemv_kernel
+from qwen2_kernels.linear.xla import add_epilogue, rms_norm
+from qwen2_kernels.tuning import tuned
+
+
+def linear_triton(
+    x: Array,
+    kernel: Array,
+    norm_weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    prefetch: Array | None,
+    *,
+    eps: float,
+    activation: str | None,
+    out_dtype: jnp.dtype,
+    config: Config | None = None,
+) -> Array:
+    """See `api.linear`.
+
+    Raises:
+        NotImplementedError: dtypes other than bfloat16 and float32, or a kernel's that is not `x`'s; several tokens
+            with a multiply-reduce config.
+    """
+    if x.dtype != kernel.dtype or x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(
+            f"linear: 'triton' multiplies bfloat16 or float32, not x {x.dtype} with kernel {kernel.dtype}"
+        )
+    tokens, features = x.shape[0], kernel.shape[-2]
+    if config is None:
+        shape = (tokens, features, x.shape[1])
+        default = default_config(*shape, gated=activation is not None)
+        config = tuned("linear", tuning_key(*shape, gated=activation is not None), Config, default)
+    if config.block_t == 1 and tokens > 1:
+        raise NotImplementedError(f"linear: the multiply-reduce kernel takes one token, not {tokens}")
+    if norm_weight is not None and (config.split_k > 1 or not config.fuse_norm):
+        x, norm_weight = rms_norm(x, norm_weight, eps), None
+    tiles_n = -(-features // config.block_n)
+    grid = (tiles_n,) if config.block_t == 1 else (-(-tokens // config.block_t), tiles_n, config.split_k)
+    options = {
+        "N": features,
+        "K": x.shape[1],
+        "EPS": eps,
+        "ACTIVATION": activation or "",
+        "HAS_NORM": norm_weight is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PREFETCH": 0 if prefetch is None else _prefetched_bytes(prefetch, config, math.prod(grid)),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    # An operand that is not there is never read: `x` stands in for it.
+    operands = (x, kernel, *(x if array is None else array for array in (norm_weight, bias, residual, prefetch)))
+    if config.block_t == 1:
+        out = jax.ShapeDtypeStruct((1, features), out_dtype)
+        options |= {"STAGES": config.num_stages}
+        return triton_call(*operands, kernel=gemv_kernel, out_type=out, grid=grid, **options)
+    options |= {"BLOCK_T": config.block_t, "SLICES": config.slices_k, "SPLIT_K": config.split_k}
+    options |= {"USE_TMA": config.use_tma}
+    run = functools.partial(
+        triton_call,
+        *operands,
+        T=tokens,
+        kernel=dot_kernel,
+        grid=grid,
+        **options,
+    )
+    if config.split_k == 1:
+        return run(out_type=jax.ShapeDtypeStruct((tokens, features), out_dtype))
+    partials = (config.split_k, *kernel.shape[:-2], tokens, features)
+    partial_sums = run(out_type=jax.ShapeDtypeStruct(partials, jnp.float32))
+    # One addition after another, in order, is one elementwise fusion with the epilogue.
+    total = functools.reduce(operator.add, (partial_sums[part] for part in range(config.split_k)))
+    if activation is not None:
+        total = ACTIVATIONS[activation](total[0]) * total[1]
+    return add_epilogue(total, bias, residual, out_dtype)
+
+
+def _prefetched_bytes(array: Array, config: Config, programs: int) -> int:
+    """Return what each program asks for: a multiple of 16, so that all of it lies within `array`."""
+    return min(config.prefetch_bytes, array.size * array.dtype.itemsize) // programs // 16 * 16

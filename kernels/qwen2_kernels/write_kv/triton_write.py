@@ -1,0 +1,115 @@
+"""`write_kv` as one Triton kernel: rotate, quantise and scatter, in place, one program per token tile and KV head."""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax import Array
+
+from qwen2_kernels.launch import triton_call
+
+
+@triton.jit
+def _write_kv_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    k_pool_ptr,
+    v_pool_ptr,
+    q_ptr,
+    num_tokens: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    GP: tl.constexpr,
+    BT: tl.constexpr,
+    k_inverse_scale: tl.constexpr,
+    v_inverse_scale: tl.constexpr,
+    limit: tl.constexpr,
+):
+    """qkv [T, K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot; GP is G+1 as a power of two."""
+    half: tl.constexpr = H // 2
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    kv_head = tl.program_id(1)
+    is_token = token < num_tokens
+    lane = tl.arange(0, half)
+    head = tl.arange(0, GP)
+
+    angle = token[:, None] * half + lane[None, :]
+    cos = tl.load(cos_ptr + angle, mask=is_token[:, None], other=0.0)[:, None, :]
+    sin = tl.load(sin_ptr + angle, mask=is_token[:, None], other=0.0)[:, None, :]
+    group = (token.to(tl.int64) * K + kv_head) * (G + 2) * H
+    source = group[:, None, None] + head[None, :, None] * H + lane[None, None, :]
+    rotates = is_token[:, None, None] & (head < G + 1)[None, :, None]
+    low = tl.load(qkv_ptr + source, mask=rotates, other=0.0).to(tl.float32)
+    high = tl.load(qkv_ptr + source + half, mask=rotates, other=0.0).to(tl.float32)
+    rotated_low = low * cos - high * sin
+    rotated_high = high * cos + low * sin
+
+    target = ((token.to(tl.int64) * K + kv_head) * G * H)[:, None, None] + head[None, :, None] * H + lane[None, None, :]
+    is_query = is_token[:, None, None] & (head < G)[None, :, None]
+    tl.store(q_ptr + target, rotated_low.to(q_ptr.dtype.element_ty), mask=is_query)
+    tl.store(q_ptr + target + half, rotated_high.to(q_ptr.dtype.element_ty), mask=is_query)
+
+    slot = tl.load(slots_ptr + token, mask=is_token, other=-1)
+    written = slot >= 0
+    row = (slot.to(tl.int64) * K + kv_head) * H
+    pool_type = k_pool_ptr.dtype.element_ty
+    key_target = row[:, None, None] + lane[None, None, :] + head[None, :, None] * 0
+    is_key = written[:, None, None] & (head == G)[None, :, None]
+    key_low = tl.clamp(rotated_low * k_inverse_scale, -limit, limit)
+    key_high = tl.clamp(rotated_high * k_inverse_scale, -limit, limit)
+    tl.store(k_pool_ptr + key_target, key_low.to(pool_type), mask=is_key)
+    tl.store(k_pool_ptr + key_target + half, key_high.to(pool_type), mask=is_key)
+
+    column = tl.arange(0, H)
+    value = tl.load(
+        qkv_ptr + group[:, None] + (G + 1) * H + column[None, :], mask=written[:, None] & is_token[:, None], other=0.0
+    ).to(tl.float32)
+    value = tl.clamp(value * v_inverse_scale, -limit, limit)
+    tl.store(v_pool_ptr + row[:, None] + column[None, :], value.to(pool_type), mask=written[:, None])
+
+
+def write_kv_triton(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    k_pool: Array,
+    v_pool: Array,
+    slot_mapping: Array,
+    *,
+    k_scale: float,
+    v_scale: float,
+) -> tuple[Array, Array, Array]:
+    """See `api.write_kv`. `NotImplementedError` for head dims that are not powers of two."""
+    tokens, kv_heads, slots, head_dim = qkv.shape
+    if head_dim & (head_dim - 1):
+        raise NotImplementedError(f"write_kv: triton needs a head dim that is a power of two, not {head_dim}")
+    group = slots - 2
+    tile = 1 if tokens <= 1024 else 4
+    k_ref, v_ref = jax.new_ref(k_pool), jax.new_ref(v_pool)
+    info = jnp.finfo(k_pool.dtype)
+    q = triton_call(
+        qkv,
+        cos,
+        sin,
+        slot_mapping,
+        k_ref,
+        v_ref,
+        kernel=_write_kv_kernel,
+        out_type=jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), qkv.dtype),
+        grid=(triton.cdiv(tokens, tile), kv_heads),
+        num_warps=4,
+        num_stages=1,
+        num_tokens=tokens,
+        K=kv_heads,
+        G=group,
+        H=head_dim,
+        GP=triton.next_power_of_2(group + 1),
+        BT=tile,
+        k_inverse_scale=1 / k_scale,
+        v_inverse_scale=1 / v_scale,
+        limit=float(info.max) if info.bits == 8 else float("inf"),
+    )
+    return q, jax.freeze(k_ref), jax.freeze(v_ref)
