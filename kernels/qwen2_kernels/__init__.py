@@ -1,4 +1,4 @@
-"""Attention, cache and matmul kernels for qwen2_jax: one folder per op, each with its API, its reference and its kernels.
+"""Attention, cache, norm and matmul kernels for qwen2_jax: a folder per op, with its API, reference and kernels.
 
 Each op takes `implementation`: `"auto"` picks by platform and shape; a named one never falls back, but raises
 `NotImplementedError` where it cannot do what is asked. Nothing here knows of a mesh, a config or an engine.
@@ -7,6 +7,7 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 from qwen2_kernels.flash_attention.api import flash_attention
 from qwen2_kernels.linear.api import linear
 from qwen2_kernels.paged_attention.api import paged_attention
+from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.write_kv.api import write_kv
 
-__all__ = ["flash_attention", "linear", "paged_attention", "write_kv"]
+__all__ = ["flash_attention", "linear", "paged_attention", "rms_norm", "write_kv"]

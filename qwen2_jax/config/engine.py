@@ -103,7 +103,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens of one step, over all its sequences. None: 8192 on a GPU, 512 on a CPU."""
     max_decode_steps: int | None = None
-    """Decode steps in one call to the device. None: 8 on a GPU, 1 on a CPU, where a call costs nothing."""
+    """Decode steps that the host starts without looking at their tokens. None: 8 on a GPU, 1 on a CPU."""
     enable_chunked_prefill: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
     """`"fcfs"`, or `"priority"`: lower numbers first."""
@@ -156,6 +156,7 @@ class EngineConfig:
             max_decode_steps=self.max_decode_steps or (8 if gpu else 1),
             block_size=self.cache.block_size or (64 if gpu else 16),
             max_logprobs=model.vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, model.vocab_size),
+            smallest_batch=8 if gpu else 4,
             bucket_growth=2 if gpu else 4,
         )
 
@@ -171,6 +172,8 @@ class ResolvedConfig:
     max_decode_steps: int
     block_size: int
     max_logprobs: int
+    smallest_batch: int
+    """Rows of the smallest decode program after that of one row: on a GPU fewer take as long as 8."""
     bucket_growth: int
     """How many times the last one each bucket is: compilation time against padding."""
 
@@ -186,8 +189,9 @@ class ResolvedConfig:
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        """R of the decode programs."""
-        return _buckets(1, self.max_num_seqs, self.bucket_growth)
+        """R of the decode programs: 1, and sizes from `smallest_batch` on."""
+        smallest = min(self.smallest_batch, self.max_num_seqs)
+        return tuple(sorted({1, *_buckets(smallest, self.max_num_seqs, self.bucket_growth)}))
 
     @property
     def prefill_buckets(self) -> tuple[int, ...]:

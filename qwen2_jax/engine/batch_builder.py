@@ -67,16 +67,15 @@ class BatchBuilder:
         """Say whether the sampler adds row `row` of the state's logit bias."""
         self._sampling["has_logit_bias"][row] = present
 
-    def decode(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
-        """Return the bucket, R, and the packed inputs of a call of decode rows."""
+    def decode(self, output: SchedulerOutput) -> tuple[int, np.ndarray, bool]:
+        """Return the bucket, R, the packed inputs of a call of decode rows, and whether every row is plainly greedy."""
         bucket = _bucket(self._config.decode_buckets, len(output.rows))
         packed, views = self._allocate(decode_layout(bucket, self._config.blocks_per_sequence), output.rows)
-        views["num_steps"][...] = output.num_steps
         views["position_ids"][:] = -1
         for index, row in enumerate(output.rows):
             views["position_ids"][index] = row.start
             views["input_ids"][index] = _known_token(row.request, row.start)
-        return bucket, packed
+        return bucket, packed, _all_greedy(views)
 
     def prefill(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
         """Return the bucket, T, and the packed inputs of a step with prefills."""
@@ -134,6 +133,13 @@ class BatchBuilder:
         if len(blocks) > known:
             self._tables[row, known : len(blocks)] = blocks[known:]
             self._table_lens[row] = len(blocks)
+
+
+def _all_greedy(views: dict[str, np.ndarray]) -> bool:
+    """Return whether each row wants its likeliest token by its raw logits, and no log-probabilities."""
+    sums = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
+    wants_nothing = not any(views[name].any() for name in sums) and (views["num_logprobs"] < 0).all()
+    return bool(wants_nothing and (views["repetition_penalty"] == 1).all())
 
 
 def _known_token(request: Request, position: int) -> int:

@@ -62,7 +62,6 @@ class ModelRunner:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             dtype=model.dtype,
-            max_decode_steps=config.max_decode_steps,
             max_logprobs=config.max_logprobs,
         )
         # Who asks for float32 means it: TF32 has ten bits of mantissa, log-probabilities would be off by 1e-2.
@@ -74,6 +73,7 @@ class ModelRunner:
         self.num_blocks = self._count_blocks(blocks_needed)
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._kv_cache: KVCache = ()
+        self._step_numbers = [self._to_device(np.int32(step)) for step in range(config.max_decode_steps)]
         self._counter = CompilationCounter()
 
     def compile(self, *, use_tqdm: bool = True) -> None:
@@ -109,12 +109,20 @@ class ModelRunner:
 
     def _generate(self, output: SchedulerOutput) -> Launched:
         if output.is_decode:
-            bucket, packed = self._builder.decode(output)
-            self._kv_cache, self._state, outputs = self._run("decode", bucket, self._kv_cache, self._state, packed)
-            return Launched(output, outputs)
+            return Launched(output, self._decode(output))
         bucket, packed = self._builder.prefill(output)
         self._kv_cache, self._state, outputs = self._run("prefill", bucket, self._kv_cache, self._state, packed)
-        return Launched(output, outputs, prompt_logprobs=self._prompt_logprobs(output))
+        return Launched(output, [outputs], prompt_logprobs=self._prompt_logprobs(output))
+
+    def _decode(self, output: SchedulerOutput) -> list[Any]:
+        """Launch the call's steps one behind another; each one's samples."""
+        bucket, packed, greedy = self._builder.decode(output)
+        name = "decode_greedy" if greedy and ("decode_greedy", bucket) in self._compiled else "decode"
+        inputs, samples = self._to_device(packed), []
+        for step in self._step_numbers[: output.num_steps]:
+            self._kv_cache, self._state, outputs = self._run(name, bucket, self._kv_cache, self._state, inputs, step)
+            samples.append(outputs)
+        return samples
 
     def _prompt_logprobs(self, output: SchedulerOutput) -> list[Any]:
         """Report on the tokens of the step, as many chunks of them as hold rows that ask for it."""
@@ -138,7 +146,7 @@ class ModelRunner:
         placed = [self._to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
         return self._compiled[name, bucket](self._model.params, *placed)
 
-    def _to_device(self, array: np.ndarray) -> jax.Array:
+    def _to_device(self, array: np.ndarray | np.int32) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
     def _admit(self, request: Request) -> None:
@@ -210,10 +218,10 @@ class ModelRunner:
         state = jax.tree.map(_spec, self._state)
         caches = jax.tree.map(lambda leaf: leaf.sharding, (kv_cache, state))
 
-        def step(function: Any, layout: Any) -> ProgramSpec:
+        def step(function: Any, layout: Any, *more: jax.Array) -> ProgramSpec:
             return ProgramSpec(
                 function=function,
-                arguments=(self._params_spec, kv_cache, state, self._vector(packed_size(layout))),
+                arguments=(self._params_spec, kv_cache, state, self._vector(packed_size(layout)), *map(_spec, more)),
                 donated=(1, 2),
                 out_shardings=(*caches, self._replicated),
                 matmul_precision=self._matmul_precision,
@@ -228,7 +236,9 @@ class ModelRunner:
         if self._is_embedding:
             return specs
         for rows in reversed(config.decode_buckets):
-            specs["decode", rows] = step(partial(programs.decode, rows=rows), decode_layout(rows, width))
+            for name in ("decode", "decode_greedy")[: 1 + (jax.default_backend() != "cpu")]:
+                function = partial(programs.decode, rows=rows, greedy=name == "decode_greedy")
+                specs[name, rows] = step(function, decode_layout(rows, width), self._step_numbers[0])
         return specs | self._small_specs(state)
 
     def _small_specs(self, state: dict[str, Any]) -> dict[ProgramKey, ProgramSpec]:

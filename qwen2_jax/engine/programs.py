@@ -1,4 +1,4 @@
-"""The functions that become device programs: decode calls, prefill steps, and what goes with them.
+"""The functions that become device programs: decode steps, prefill steps, and what goes with them.
 
 Each is pure: parameters, caches and per-request state in, caches and state (donated) and results out. `Programs` closes
 over what is static; everything that changes from step to step arrives in one packed vector.
@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.engine.sampler import empty_samples, logprobs_of, sample
+from qwen2_jax.engine.sampler import likeliest, logprobs_of, sample
 from qwen2_jax.engine.step_inputs import decode_layout, prefill_layout, unpack
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
@@ -39,7 +39,6 @@ class Programs:
     blocks_per_sequence: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_decode_steps: int
     max_logprobs: int
     dtype: str
 
@@ -65,31 +64,28 @@ class Programs:
         return {"pooled": jnp.zeros((self.max_num_seqs + 1, self.hidden_size), jnp.float32)}
 
     def decode(
-        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, rows: int
+        self,
+        params: Params,
+        kv_cache: KVCache,
+        state: State,
+        packed: Int[Array, " W"],
+        step: Int[Array, ""],
+        *,
+        rows: int,
+        greedy: bool,
     ) -> tuple[KVCache, State, Outputs]:
-        """Run `num_steps` decode steps of R rows; each output has a leading axis of `max_decode_steps`."""
+        """Run step number `step` of a call of R rows, each one token further than the step before.
+
+        A call is so many launches of one program on the same inputs: what changes is in the per-request state. With
+        `greedy` every row takes its likeliest token and `token_ids` are all that comes back; no conditional then breaks
+        the step's CUDA graph.
+        """
         inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence))
-        if self.max_decode_steps == 1:
-            kv_cache, state, outputs = self._decode_step(params, kv_cache, state, inputs, jnp.int32(0))
-            return kv_cache, state, jax.tree.map(lambda x: x[None], outputs)
-
-        def step(index: Array, carry: tuple[KVCache, State, Outputs]) -> tuple[KVCache, State, Outputs]:
-            kv_cache, state, collected = carry
-            kv_cache, state, outputs = self._decode_step(params, kv_cache, state, inputs, index)
-            return kv_cache, state, jax.tree.map(lambda all_, one: all_.at[index].set(one), collected, outputs)
-
-        empty = empty_samples(rows, self.max_logprobs, MAX_LOGPROB_TOKEN_IDS)
-        collected = jax.tree.map(lambda x: jnp.zeros((self.max_decode_steps, *x.shape), x.dtype), empty)
-        return jax.lax.fori_loop(0, inputs["num_steps"], step, (kv_cache, state, collected))
-
-    def _decode_step(
-        self, params: Params, kv_cache: KVCache, state: State, inputs: dict[str, Array], index: Array
-    ) -> tuple[KVCache, State, Outputs]:
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
         is_row = inputs["position_ids"] >= 0
-        positions = jnp.where(is_row, inputs["position_ids"] + index, 0)
+        positions = jnp.where(is_row, inputs["position_ids"] + step, 0)
         sampled_before = state["token_ids"][inputs["row_indices"], positions]
-        input_ids = jnp.where((index == 0) & (inputs["input_ids"] >= 0), inputs["input_ids"], sampled_before)
+        input_ids = jnp.where((step == 0) & (inputs["input_ids"] >= 0), inputs["input_ids"], sampled_before)
         block = jnp.take_along_axis(inputs["block_tables"], positions[:, None] // self.block_size, axis=1)[:, 0]
         batch = StepBatch(
             input_ids=input_ids,
@@ -99,14 +95,17 @@ class Programs:
             context_lens=jnp.where(is_row, positions + 1, 0),
         )
         (logits, _), kv_cache = model(batch, kv_cache)
-        rows = inputs | {name: inputs[name] + index for name in ("sample_positions", "output_indices")}
-        outputs = sample(logits, rows, state, self.max_logprobs)
-        return kv_cache, self._remember(state, rows, outputs), outputs
+        at_step = inputs | {name: inputs[name] + step for name in ("sample_positions", "output_indices")}
+        if greedy:
+            outputs = {"token_ids": likeliest(logits)}
+        else:
+            outputs = sample(logits, at_step, state, self.max_logprobs)
+        return kv_cache, self._remember(state, at_step, outputs), outputs
 
     def prefill(
         self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
     ) -> tuple[KVCache, State, Outputs]:
-        """Run one step of T tokens in R rows; samples have a leading axis of 1."""
+        """Run one step of T tokens in R rows."""
         inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
         (hidden, _), kv_cache = model(self._prefill_batch(inputs, state), kv_cache, skip_lm_head=True)
@@ -114,7 +113,7 @@ class Programs:
         outputs = sample(logits, inputs, state, self.max_logprobs)
         state = self._remember(state, inputs, outputs)
         state |= {"hidden": jax.lax.dynamic_update_slice(state["hidden"], hidden, (0, 0))}
-        return kv_cache, state, jax.tree.map(lambda x: x[None], outputs)
+        return kv_cache, state, outputs
 
     def embed(
         self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int

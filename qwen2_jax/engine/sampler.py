@@ -38,7 +38,7 @@ def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: 
     empty = empty_samples(logits.shape[0], max_logprobs, state["logprob_token_ids"].shape[1])
 
     def greedy(logits: Array) -> dict[str, Array]:
-        return empty | {"token_ids": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
+        return empty | {"token_ids": likeliest(logits)}
 
     def full(logits: Array) -> dict[str, Array]:
         token_ids = _choose(_processed(logits, rows, state), rows)
@@ -51,6 +51,11 @@ def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: 
         return {"token_ids": token_ids} | report
 
     return jax.lax.cond(jnp.all(plain), greedy, full, logits)
+
+
+def likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """Return each row's likeliest token, the first of several."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def empty_samples(rows: int, max_logprobs: int, chosen: int) -> dict[str, Array]:
@@ -129,7 +134,7 @@ def _token_counts(rows: Rows, token_ids: Array, vocab_size: int) -> tuple[Array,
 
 def _choose(logits: Array, rows: Rows) -> Array:
     """Return the likeliest token of greedy rows and a random one of the others."""
-    greedy = jnp.argmax(logits, axis=-1)
+    greedy = likeliest(logits)
 
     def random() -> Array:
         temperature = jnp.where(rows["temperature"] == 0, 1.0, rows["temperature"])

@@ -56,9 +56,8 @@ SAMPLING_FLOATS = (
 
 
 def decode_layout(rows: int, blocks: int) -> Layout:
-    """A decode call of R rows with tables of M blocks."""
+    """A call of decode steps: R rows with tables of M blocks, as they are at the first step."""
     return {
-        "num_steps": Field(()),
         "input_ids": Field((rows,)),  # -1: the token is in the per-request state, sampled by the call before
         "position_ids": Field((rows,)),  # -1: padding
         "block_tables": Field((rows, blocks)),

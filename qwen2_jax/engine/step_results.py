@@ -1,6 +1,6 @@
 """What a launched call gives: read once, from copies to the host that started with the launch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -25,21 +25,20 @@ class RowResult:
 
 
 class Launched:
-    """A call under way."""
+    """A call under way: its samples by step, its prompt log-probabilities by chunk of tokens."""
 
     def __init__(
         self,
         output: SchedulerOutput,
-        samples: Mapping[str, jax.Array] | None = None,
+        samples: Sequence[Mapping[str, jax.Array]] = (),
         *,
         prompt_logprobs: Sequence[Mapping[str, jax.Array]] = (),
         embeddings: jax.Array | None = None,
     ) -> None:
         self.output = output
-        self._samples = None
-        if samples is not None:
-            wants = any(_num_logprobs(row) is not None for row in output.rows)
-            self._samples = {name: samples[name] for name in ("token_ids", *(_LOGPROB_FIELDS if wants else ()))}
+        wants = any(_num_logprobs(row) is not None for row in output.rows)
+        names = ("token_ids", *(_LOGPROB_FIELDS if wants else ()))
+        self._samples = [{name: of_step[name] for name in names} for of_step in samples]
         self._prompt_logprobs = prompt_logprobs
         self._embeddings = embeddings
         for array in jax.tree.leaves((self._samples, self._prompt_logprobs, self._embeddings)):
@@ -47,11 +46,7 @@ class Launched:
 
     def read(self) -> list[RowResult]:
         """Wait for the call and return its results, one per row."""
-        samples = {name: np.asarray(array) for name, array in (self._samples or {}).items()}
-        prompt = {
-            name: np.concatenate([chunk[name] for chunk in self._prompt_logprobs])
-            for name in (self._prompt_logprobs[0] if self._prompt_logprobs else ())
-        }
+        samples, prompt = _gather(self._samples, np.stack), _gather(self._prompt_logprobs, np.concatenate)
         embeddings = None if self._embeddings is None else np.asarray(self._embeddings)
         results, start = [], 0
         for index, row in enumerate(self.output.rows):
@@ -66,6 +61,14 @@ class Launched:
             )
             start += row.num_tokens
         return results
+
+
+def _gather(
+    parts: Sequence[Mapping[str, jax.Array]], join: Callable[[list[np.ndarray]], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the arrays of all parts on the host, joined by name."""
+    names = parts[0] if parts else ()
+    return {name: join([np.asarray(part[name]) for part in parts]) for name in names}
 
 
 def _num_logprobs(row: ScheduledRow) -> int | None:

@@ -20,6 +20,7 @@ CONFIG = ResolvedConfig(
     max_num_batched_tokens=32,
     max_decode_steps=8,
     max_logprobs=5,
+    smallest_batch=2,
     bucket_growth=2,
 )
 SPARE = 4  # the row of state that padding reads
@@ -59,7 +60,7 @@ def admit(builder: BatchBuilder, *requests: Request, seed: int = 0) -> None:
 
 
 def decode(builder: BatchBuilder, output: SchedulerOutput) -> tuple[int, dict[str, Any]]:
-    bucket, packed = builder.decode(output)
+    bucket, packed, _ = builder.decode(output)
     return bucket, unpacked(packed, decode_layout(bucket, BLOCKS))
 
 
@@ -77,7 +78,6 @@ def test_a_decode_call() -> None:
     rows = ((known, 4, 1, True), (unread, 5, 1, True), (third, 0, 1, True))
     bucket, found = decode(builder, scheduled(*rows, num_steps=3, is_decode=True))
     assert bucket == 4
-    assert found["num_steps"] == 3
     assert found["input_ids"][:3] == [8, -1, 6]
     assert found["position_ids"] == [4, 5, 0, -1]
     assert found["row_indices"] == [2, 0, 1, SPARE]
@@ -93,6 +93,31 @@ def test_decode_buckets(count: int, expected: int) -> None:
     admit(builder, *requests)
     bucket, _ = decode(builder, scheduled(*((request, 0, 1, True) for request in requests), is_decode=True))
     assert bucket == expected
+
+
+@pytest.mark.parametrize(
+    "params, expected",
+    [
+        ({}, True),
+        ({"top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 4}, True),
+        ({"temperature": 0.5}, False),
+        ({"logprobs": 0}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"frequency_penalty": -1.0}, False),
+        ({"repetition_penalty": 1.1}, False),
+    ],
+)
+def test_whether_every_row_is_plainly_greedy(params: dict[str, Any], expected: bool) -> None:
+    requests = [
+        make_request(0, [5], [1], SamplingParams(temperature=0)),
+        make_request(1, [5], [2], SamplingParams(**({"temperature": 0} | params))),
+    ]
+    builder = BatchBuilder(CONFIG)
+    admit(builder, *requests)
+    output = scheduled(*((request, 0, 1, True) for request in requests), is_decode=True)
+    assert builder.decode(output)[2] is expected
+    builder.set_logit_bias(0, True)
+    assert builder.decode(output)[2] is False
 
 
 def test_a_prefill_step() -> None:

@@ -56,7 +56,13 @@ def test_fields_do_not_overlap() -> None:
     for number, view in enumerate(views.values(), 1):
         view.view(np.int32)[...] = number
     counts = np.bincount(packed, minlength=len(views) + 1)
-    assert counts.tolist() == [0, *(view.size for view in views.values())]
+    assert counts[1:].tolist() == [view.size for view in views.values()]
+    assert counts[0] == len(packed) - sum(view.size for view in views.values())
+
+
+def test_fields_start_at_16_bytes() -> None:
+    packed, views = allocate(LAYOUTS["prefill"])
+    assert [(view.ctypes.data - packed.ctypes.data) % 16 for view in views.values()] == [0] * len(views)
 
 
 def test_both_layouts_carry_what_the_sampler_needs() -> None:

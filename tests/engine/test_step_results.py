@@ -25,8 +25,8 @@ def output_of(*rows: ScheduledRow, num_steps: int = 1) -> SchedulerOutput:
     return SchedulerOutput(rows=rows, num_steps=num_steps, is_decode=num_steps > 1, admitted=())
 
 
-def report(token_ids: list[list[int]], top_ids: tuple[int, ...] = (7, 8, 9)) -> dict[str, jnp.ndarray]:
-    """Arrays of steps x rows; every log-probability is minus its token id, and the sampled ones have rank 50."""
+def report(token_ids: list[list[int]], top_ids: tuple[int, ...] = (7, 8, 9)) -> list[dict[str, jnp.ndarray]]:
+    """Each step's arrays by row; every log-probability is minus its token id, and the sampled ones have rank 50."""
     tokens = np.asarray(token_ids, np.int32)
     top = np.broadcast_to(np.asarray(top_ids, np.int32), (*tokens.shape, len(top_ids)))
     chosen = np.broadcast_to(np.asarray([30, 31], np.int32), (*tokens.shape, 2))
@@ -39,7 +39,7 @@ def report(token_ids: list[list[int]], top_ids: tuple[int, ...] = (7, 8, 9)) -> 
         "chosen_logprobs": -chosen.astype(np.float32),
         "chosen_ranks": chosen + 100,
     }
-    return {name: jnp.asarray(array) for name, array in arrays.items()}
+    return [{name: jnp.asarray(array[step]) for name, array in arrays.items()} for step in range(len(token_ids))]
 
 
 def sampled(token: int) -> dict[int, Logprob]:
@@ -48,7 +48,7 @@ def sampled(token: int) -> dict[int, Logprob]:
 
 def test_tokens_of_several_steps() -> None:
     rows = (make_row(5, 1, True), make_row(9, 1, True))
-    results = Launched(output_of(*rows, num_steps=2), report([[1, 2, 0], [3, 4, 0], [0, 0, 0]])).read()
+    results = Launched(output_of(*rows, num_steps=2), report([[1, 2, 0], [3, 4, 0]])).read()
     assert results == [RowResult(token_ids=[1, 3]), RowResult(token_ids=[2, 4])]
 
 
@@ -89,9 +89,8 @@ def test_chosen_tokens_come_instead_of_the_likeliest() -> None:
 def test_prompt_logprobs_are_of_the_tokens_that_follow() -> None:
     """Entry i of the report is of the token after the step's i-th; a row's last prompt token has none after it."""
     rows = (make_row(8, 1, True), make_row(2, 2, False, prompt_logprobs=0), make_row(3, 3, True, prompt_logprobs=1))
-    tokens = [0, 13, 14, 14, 15, 0, 0, 0]  # the prompts are 10, 11, 12, ..., 15
-    flat = {name: array[0] for name, array in report([tokens]).items()}
-    decode, chunk, last = Launched(output_of(*rows), report([[1, 0, 2]]), prompt_logprobs=flat).read()
+    chunks = report([[0, 13, 14, 14], [15, 0, 0, 0]])  # the prompts are 10, 11, 12, ..., 15
+    decode, chunk, last = Launched(output_of(*rows), report([[1, 0, 2]]), prompt_logprobs=chunks).read()
     assert decode.prompt_logprobs is None
     assert chunk.prompt_logprobs == [sampled(13), sampled(14)]
     assert last.prompt_logprobs == [sampled(14) | {7: Logprob(-7.0, 1)}, sampled(15) | {7: Logprob(-7.0, 1)}]

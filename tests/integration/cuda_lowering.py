@@ -33,7 +33,6 @@ def lower_step(model: ModelConfig, name: str, size: int, *, num_blocks: int = 50
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             dtype="bfloat16",
-            max_decode_steps=config.max_decode_steps,
             max_logprobs=config.max_logprobs,
         )
         params = jax.tree.map(partial(_place, mesh), nnx.to_pure_dict(weights))
@@ -41,13 +40,14 @@ def lower_step(model: ModelConfig, name: str, size: int, *, num_blocks: int = 50
         pools = PoolLayout.of(model, config.block_size, "bfloat16", 1).abstract(mesh, num_blocks)
         width = config.blocks_per_sequence
         if name == "decode":
-            function, layout = partial(programs.decode, rows=size), decode_layout(size, width)
+            function, layout = partial(programs.decode, rows=size, greedy=True), decode_layout(size, width)
         else:
             rows = config.prefill_rows(size)
             function, layout = partial(programs.prefill, tokens=size, rows=rows), prefill_layout(size, rows, width)
         packed = jax.ShapeDtypeStruct((packed_size(layout),), jnp.int32, sharding=NamedSharding(mesh, P()))
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
         step = jax.jit(function, donate_argnums=(1, 2))
-        return step.trace(params, pools, state, packed).lower(lowering_platforms=("cuda",))
+        return step.trace(params, pools, state, packed, *([number] if name == "decode" else [])).lower(lowering_platforms=("cuda",))
 
 
 def _place(mesh: AbstractMesh, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -10,9 +10,9 @@ import jax_triton.triton_lib
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from qwen2_kernels import tuning
 from qwen2_kernels.linear import api
-from qwen2_kernels.linear.api import TRITON_MAX_TOKENS
-from qwen2_kernels.linear.config import Config, default_config
+from qwen2_kernels.linear.config import Config, default_config, tuning_key
 from qwen2_kernels.specs import QWEN2_5
 
 from tests.kernels.interpreter import triton_interpreter
@@ -21,6 +21,12 @@ linear: Any = api.linear
 EPS = 1e-5
 KINDS = ("plain", "norm", "norm_bias", "residual", "gated", "norm_gated")
 GEMV = Config(block_n=4, block_k=32, num_stages=1)
+GEMV_CONFIGS = {
+    "tiles": GEMV,
+    "loop": Config(block_n=4, block_k=32, num_stages=2, programs=3),
+    "loop_of_whole_rows": Config(block_n=2, block_k=128, num_stages=3, programs=7, bypass_l1=True),
+    "more_programs_than_tiles": Config(block_n=4, block_k=32, programs=1000),
+}
 DOT_CONFIGS = {
     "one_tile": Config(block_n=16, block_k=128, block_t=16),
     "tiles": Config(block_n=16, block_k=16, block_t=16),
@@ -105,12 +111,13 @@ def test_activations(activation: str) -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", GEMV_CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gemv_kernel(kind: str) -> None:
+def test_gemv_kernels(kind: str, name: str) -> None:
     for features, size in ((40, 96), (18, 80)):
         arguments = to_arrays(draw(kind, 1, features, size))
         with triton_interpreter():
-            out = linear(**arguments, implementation="triton", config=GEMV)
+            out = linear(**arguments, implementation="triton", config=GEMV_CONFIGS[name])
         np.testing.assert_allclose(out, linear(**arguments, implementation="reference"), rtol=1e-5, atol=2e-5)
 
 
@@ -183,14 +190,28 @@ def test_compiles_for_an_h100_with_wide_reads(model: str, projection: str, token
     text, ptx = lowered(model, projection, tokens)
     assert text.count("triton_kernel_call") == 1
     if tokens == 1:
-        assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+        assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
     else:
         assert "cp.async.cg.shared.global" in ptx
         assert ("wgmma.mma_async" if "wgmma" in ptx else "mma.sync") in ptx
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens, tiles", [(1, {}), (8, {"block_t": 16})])
+@pytest.mark.parametrize("size", [4096, 512])
+def test_loops_read_ahead(size: int) -> None:
+    config = Config(block_n=2, block_k=size, num_warps=8 if size > 512 else 2, num_stages=3, programs=264)
+    assert "cp.async.cg.shared.global" in lowered("7b", "gate_up", 1, config)[1]
+
+
+@pytest.mark.slow
+def test_reads_past_the_first_level_cache() -> None:
+    ptx = lowered("7b", "gate_up", 1, Config(block_n=2, block_k=512, num_warps=2, num_stages=1, bypass_l1=True))[1]
+    assert re.search(r"ld\.global\.cg\.v4\.b32", ptx)
+    assert "cg.L1" not in ptx, "PTX refuses an eviction priority beside .cg"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens, tiles", [(1, {}), (1, {"programs": 264}), (8, {"block_t": 16})])
 def test_asks_for_the_next_kernel(tokens: int, tiles: dict[str, int]) -> None:
     request = "cp.async.bulk.prefetch.L2.global"
     make_config: Any = Config
@@ -252,9 +273,10 @@ def test_what_triton_cannot_do_is_refused() -> None:
     "wrong, message",
     [
         ({"block_n": 12}, r"powers of two are needed, not \{'block_n': 12\}"),
-        ({"num_stages": 0}, "num_stages=0"),
+        ({"num_stages": 0}, r"out of range: \{'num_stages': 0\}"),
+        ({"programs": -1}, r"out of range: \{'programs': -1\}"),
         ({"split_k": 2}, "belong to the dot kernel"),
-        ({"block_t": 16, "slices_k": 2, "use_tma": True}, "slices_k must be 1"),
+        ({"block_t": 16, "programs": 132}, "belong to the multiply-reduce kernel"),
     ],
 )
 def test_impossible_configs_are_refused(wrong: dict[str, Any], message: str) -> None:
@@ -263,9 +285,12 @@ def test_impossible_configs_are_refused(wrong: dict[str, Any], message: str) -> 
         make_config(**{"block_n": 16, "block_k": 64} | wrong)
 
 
-def test_auto_reads_many_tokens_through_xla() -> None:
-    x, kernel = jnp.zeros((TRITON_MAX_TOKENS + 1, 64), jnp.bfloat16), jnp.zeros((32, 64), jnp.bfloat16)
-    with jax.sharding.use_abstract_mesh(H100):
-        for tokens, calls in ((1, 1), (TRITON_MAX_TOKENS, 1), (TRITON_MAX_TOKENS + 1, 0)):
-            traced = jax.jit(linear).trace(x[:tokens], kernel)
-            assert traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call") == calls
+def test_auto_takes_triton_for_one_token_and_for_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {"block_n": 16, "block_k": 64, "block_t": 16}
+    table = {"linear": {tuning_key(5, 32, 64, gated=False): tiles}}
+    monkeypatch.setattr(tuning, "_table", lambda name: table if name == "nvidia_h100_80gb_hbm3" else {})
+    for tokens, dtype, calls in ((1, "bfloat16", 1), (1, "float32", 0), (5, "bfloat16", 1), (9, "bfloat16", 0)):
+        x, kernel = jax.ShapeDtypeStruct((tokens, 64), dtype), jax.ShapeDtypeStruct((32, 64), dtype)
+        with jax.sharding.use_abstract_mesh(H100):
+            text = jax.jit(linear).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("triton_kernel_call") == calls

@@ -8,9 +8,10 @@ from jaxtyping import Float
 
 from qwen2_kernels.dispatch import select
 from qwen2_kernels.linear.activations import ACTIVATIONS
-from qwen2_kernels.linear.config import Config
+from qwen2_kernels.linear.config import GEMV_MAX_TOKENS, Config, tuning_key
 from qwen2_kernels.linear.reference import linear_reference
 from qwen2_kernels.linear.xla import linear_xla
+from qwen2_kernels.tuning import tuned
 
 
 def _triton(*arrays: Any, **options: Any) -> Array:
@@ -20,9 +21,6 @@ def _triton(*arrays: Any, **options: Any) -> Array:
 
 
 IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton}
-
-TRITON_MAX_TOKENS = 128
-"""Tokens up to which `"auto"` takes the Triton kernels on a GPU: with more, the product is no longer read-bound."""
 
 
 def linear(
@@ -54,7 +52,8 @@ def linear(
         prefetch: the kernel that the next projection reads. A hint: on a GPU its first bytes are on their way to the
             cache while this projection ends and the next is launched.
         out_dtype: the result's dtype; None means `x`'s.
-        implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32) or `"auto"`.
+        implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32) or `"auto"`: on a GPU and in
+            bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists; XLA otherwise.
         config: the Triton kernel's tiles, for tuning; only with `implementation="triton"`.
 
     Raises:
@@ -67,14 +66,23 @@ def linear(
     _check_shapes(x, kernel, norm_weight, bias, residual, gated=gated)
     if config is not None and implementation != "triton":
         raise ValueError(f"linear: config is for implementation='triton', not {implementation!r}")
-    few = x.dtype == kernel.dtype == jnp.bfloat16 and x.shape[0] <= TRITON_MAX_TOKENS
-    gpu, reason = ("triton", "few tokens") if few else ("xla", "many tokens, or not bfloat16")
+    gpu, reason = _choice_on_gpu(x, kernel, gated=gated)
     run = select("linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     extra = {} if config is None else {"config": config}
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     return run(
         x, kernel, norm_weight, bias, residual, prefetch, eps=eps, activation=activation, out_dtype=dtype, **extra
     )
+
+
+def _choice_on_gpu(x: Array, kernel: Array, *, gated: bool) -> tuple[str, str]:
+    """Return the implementation for a GPU and why: XLA's products of several tokens are beaten only where measured."""
+    if not x.dtype == kernel.dtype == jnp.bfloat16:
+        return "xla", f"{x.dtype} with {kernel.dtype}"
+    if x.shape[0] <= GEMV_MAX_TOKENS:
+        return "triton", "one token"
+    key = tuning_key(x.shape[0], kernel.shape[-2], kernel.shape[-1], gated=gated)
+    return ("triton", "tuned") if tuned("linear", key, Config, None) is not None else ("xla", "not tuned")
 
 
 def _check_shapes(

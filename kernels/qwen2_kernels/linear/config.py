@@ -5,6 +5,9 @@ from dataclasses import dataclass
 GEMV_MAX_TOKENS = 1
 """Tokens up to which the multiply-reduce kernel is the default; it holds one token a program."""
 
+GEMV_PREFETCH_BYTES = 4 << 20
+"""What the multiply-reduce kernel asks for by default: what an H100 reads while one launch ends and one begins."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -25,8 +28,10 @@ class Config:
     """Tiles in flight through shared memory; 1 in the multiply-reduce kernel means straight to registers."""
     fuse_norm: bool = True
     """Normalise inside the kernel instead of in an XLA fusion before it."""
-    use_tma: bool = False
-    """Read the kernel's tiles through a tensor-memory-accelerator descriptor."""
+    programs: int = 0
+    """Programs of the multiply-reduce kernel, each of which walks over several tiles; 0 is a program for each tile."""
+    bypass_l1: bool = False
+    """Keep the kernel's tiles out of the first-level cache, where the token is; for the multiply-reduce kernel."""
     prefetch_bytes: int = 0
     """How much of `linear`'s `prefetch` to ask for, all programs together; its own size at most."""
 
@@ -35,15 +40,14 @@ class Config:
         wrong = {name: getattr(self, name) for name in powers if getattr(self, name).bit_count() != 1}
         if wrong:
             raise ValueError(f"linear: powers of two are needed, not {wrong}")
-        if min(self.split_k, self.num_stages) < 1 or self.prefetch_bytes < 0:
-            raise ValueError(
-                f"linear: out of range: split_k={self.split_k}, num_stages={self.num_stages}, "
-                f"prefetch_bytes={self.prefetch_bytes}"
-            )
-        if self.block_t == 1 and (self.split_k, self.slices_k, self.use_tma) != (1, 1, False):
-            raise ValueError("linear: split_k, slices_k and use_tma belong to the dot kernel, with block_t > 1")
-        if self.use_tma and self.slices_k != 1:
-            raise ValueError("linear: use_tma reads tiles of two axes: slices_k must be 1")
+        least = {"split_k": 1, "num_stages": 1, "programs": 0, "prefetch_bytes": 0}
+        low = {name: getattr(self, name) for name, least in least.items() if getattr(self, name) < least}
+        if low:
+            raise ValueError(f"linear: out of range: {low}")
+        if self.block_t == 1 and (self.split_k, self.slices_k) != (1, 1):
+            raise ValueError("linear: split_k and slices_k belong to the dot kernel, with block_t > 1")
+        if self.block_t > 1 and (self.programs, self.bypass_l1) != (0, False):
+            raise ValueError("linear: programs and bypass_l1 belong to the multiply-reduce kernel, with block_t = 1")
 
 
 def default_config(tokens: int, out_features: int, in_features: int, *, gated: bool) -> Config:
@@ -71,9 +75,10 @@ def tuning_key(tokens: int, out_features: int, in_features: int, *, gated: bool)
 
 def _gemv_config(out_features: int, in_features: int) -> Config:
     if out_features >= 65536:
-        return Config(block_n=16, block_k=1024, num_warps=8, num_stages=1)
-    block_n = 2 if in_features > 3 * out_features else 4
-    return Config(block_n=block_n, block_k=1024, num_warps=4, num_stages=1)
+        return Config(block_n=8, block_k=512, num_warps=4, num_stages=1)
+    if in_features > 3 * out_features:
+        return Config(block_n=4, block_k=512, num_warps=4, num_stages=4, prefetch_bytes=GEMV_PREFETCH_BYTES)
+    return Config(block_n=2, block_k=1024, num_warps=4, num_stages=1, prefetch_bytes=GEMV_PREFETCH_BYTES)
 
 
 def _split(tiles_k: int, wanted: int) -> int:

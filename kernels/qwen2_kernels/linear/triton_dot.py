@@ -33,10 +33,10 @@ def dot_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SLICES: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
 ):
     """x [T, K], kernel [N, K] or [2, N, K], norm [K], bias [N], residual [T, N].
 
@@ -47,8 +47,7 @@ def dot_kernel(
     STEP: tl.constexpr = SLICES * BLOCK_K
     STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, STEP), SPLIT_K)
     EVEN: tl.constexpr = STEPS * STEP * SPLIT_K == K
-    first_row = tl.program_id(1) * BLOCK_N
-    rows = first_row + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.program_id(2) * (STEPS * STEP)
     # Rows past the end read the last one again; tokens past the end count as zeros.
@@ -71,10 +70,6 @@ def dot_kernel(
         acc = tl.zeros((SLICES, BLOCK_N, BLOCK_T), tl.float32)
         up_acc = tl.zeros((SLICES, BLOCK_N, BLOCK_T), tl.float32)
         squares = tl.zeros((SLICES, BLOCK_T), tl.float32)
-    if USE_TMA:
-        tiles = tl.make_tensor_descriptor(
-            kernel_ptr, [(2 if GATED else 1) * N, K], strides=[K, 1], block_shape=[BLOCK_N, BLOCK_K]
-        )
     for step in tl.range(0, STEPS):
         k = first + step * STEP + columns
         x_mask = is_token if EVEN else is_token & (k < K)
@@ -85,17 +80,13 @@ def dot_kernel(
             weight = tl.load(norm_ptr + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0)
             x = (wide * weight.to(tl.float32)).to(x.dtype)
         x = tl.trans(x, (1, 0)) if SLICES == 1 else tl.trans(x, (0, 2, 1))
-        if USE_TMA:
-            weights = tiles.load([first_row, first + step * STEP])
-        elif EVEN:
+        if EVEN:
             weights = tl.load(kernel_ptr + row_offsets + k, eviction_policy="evict_first")
         else:
             weights = tl.load(kernel_ptr + row_offsets + k, mask=k < K, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(weights, x, acc, input_precision="ieee")
         if GATED:
-            if USE_TMA:
-                weights = tiles.load([N + first_row, first + step * STEP])
-            elif EVEN:
+            if EVEN:
                 weights = tl.load(kernel_ptr + N * K + row_offsets + k, eviction_policy="evict_first")
             else:
                 weights = tl.load(
@@ -103,7 +94,7 @@ def dot_kernel(
                 )
             up_acc = tl.dot(weights, x, up_acc, input_precision="ieee")
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    prefetch(next_ptr, program, PREFETCH)
+    prefetch(next_ptr, program, PREFETCH, PREFETCH_HALF)
     if SLICES > 1:
         acc = tl.sum(acc, axis=0)
         up_acc = tl.sum(up_acc, axis=0)

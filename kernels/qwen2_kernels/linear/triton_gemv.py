@@ -7,7 +7,7 @@ loop is over, so that warps meet once; small programs, many to a multiprocessor,
 import triton
 import triton.language as tl
 
-from qwen2_kernels.linear.triton_epilogue import activate, prefetch
+from qwen2_kernels.linear.triton_epilogue import activate, load_addend, load_weights, prefetch
 
 
 @triton.jit
@@ -29,11 +29,14 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,
+    PREFETCH_HALF: tl.constexpr,
     STAGES: tl.constexpr,
+    BYPASS_L1: tl.constexpr,
 ):
     """x [K], kernel [N, K] or [2, N, K], norm [K], bias and residual [N], out [N]; grid (N / BLOCK_N)."""
     GATED: tl.constexpr = ACTIVATION != ""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    addend = load_addend(bias_ptr, residual_ptr, rows, rows < N, HAS_BIAS, HAS_RESIDUAL)
     # Rows past the end read the last one again: a mask would stand in the way of wide loads.
     offsets = tl.minimum(rows, N - 1).to(tl.int64) * K
     products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -42,17 +45,19 @@ def gemv_kernel(
     for step in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
         columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = columns < K
-        tile = offsets[:, None] + columns[None, :]
-        weights = tl.load(kernel_ptr + tile, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        tile = kernel_ptr + offsets[:, None] + columns[None, :]
+        mask = inside[None, :]
+        weights = load_weights(tile, mask, BYPASS_L1)
+        if GATED:
+            ups = load_weights(tile + N * K, mask, BYPASS_L1)
         x = tl.load(x_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if HAS_NORM:
             squares += x * x
             x *= tl.load(norm_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         products += weights.to(tl.float32) * x[None, :]
         if GATED:
-            weights = tl.load(kernel_ptr + N * K + tile, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            up_products += weights.to(tl.float32) * x[None, :]
-    prefetch(next_ptr, tl.program_id(0), PREFETCH)
+            up_products += ups.to(tl.float32) * x[None, :]
+    prefetch(next_ptr, tl.program_id(0), PREFETCH, PREFETCH_HALF)
     y = tl.sum(products, axis=1)
     scale = 1.0
     if HAS_NORM:
@@ -60,9 +65,4 @@ def gemv_kernel(
         y *= scale
     if GATED:
         y = activate(y, ACTIVATION) * (tl.sum(up_products, axis=1) * scale)
-    mask = rows < N
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + rows, (y + addend).to(out_ptr.dtype.element_ty), mask=rows < N)

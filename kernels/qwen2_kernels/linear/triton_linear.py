@@ -13,7 +13,9 @@ from qwen2_kernels.linear.activations import ACTIVATIONS
 from qwen2_kernels.linear.config import Config, default_config, tuning_key
 from qwen2_kernels.linear.triton_dot import dot_kernel
 from qwen2_kernels.linear.triton_gemv import gemv_kernel
-from qwen2_kernels.linear.xla import add_epilogue, rms_norm
+from qwen2_kernels.linear.triton_gemv_loop import gemv_loop_kernel
+from qwen2_kernels.linear.xla import add_epilogue
+from qwen2_kernels.rms_norm.xla import rms_norm_xla
 from qwen2_kernels.tuning import tuned
 
 
@@ -48,9 +50,12 @@ def linear_triton(
     if config.block_t == 1 and tokens > 1:
         raise NotImplementedError(f"linear: the multiply-reduce kernel takes one token, not {tokens}")
     if norm_weight is not None and (config.split_k > 1 or not config.fuse_norm):
-        x, norm_weight = rms_norm(x, norm_weight, eps), None
+        x, norm_weight = rms_norm_xla(x, norm_weight, None, eps=eps)[0], None
     tiles_n = -(-features // config.block_n)
-    grid = (tiles_n,) if config.block_t == 1 else (-(-tokens // config.block_t), tiles_n, config.split_k)
+    if config.block_t > 1:
+        grid = (-(-tokens // config.block_t), tiles_n, config.split_k)
+    else:
+        grid = (min(config.programs or tiles_n, tiles_n),)
     options = {
         "N": features,
         "K": x.shape[1],
@@ -61,26 +66,21 @@ def linear_triton(
         "HAS_RESIDUAL": residual is not None,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "PREFETCH": 0 if prefetch is None else _prefetched_bytes(prefetch, config, math.prod(grid)),
+        **_prefetch_options(prefetch, config, math.prod(grid)),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
     # An operand that is not there is never read: `x` stands in for it.
     operands = (x, kernel, *(x if array is None else array for array in (norm_weight, bias, residual, prefetch)))
+    run = functools.partial(triton_call, *operands, grid=grid, **options)
     if config.block_t == 1:
+        run = functools.partial(run, STAGES=config.num_stages, BYPASS_L1=config.bypass_l1)
         out = jax.ShapeDtypeStruct((1, features), out_dtype)
-        options |= {"STAGES": config.num_stages}
-        return triton_call(*operands, kernel=gemv_kernel, out_type=out, grid=grid, **options)
-    options |= {"BLOCK_T": config.block_t, "SLICES": config.slices_k, "SPLIT_K": config.split_k}
-    options |= {"USE_TMA": config.use_tma}
-    run = functools.partial(
-        triton_call,
-        *operands,
-        T=tokens,
-        kernel=dot_kernel,
-        grid=grid,
-        **options,
-    )
+        if config.programs:
+            return run(kernel=gemv_loop_kernel, out_type=out, PROGRAMS=grid[0])
+        return run(kernel=gemv_kernel, out_type=out)
+    tiles = {"BLOCK_T": config.block_t, "SLICES": config.slices_k, "SPLIT_K": config.split_k}
+    run = functools.partial(run, kernel=dot_kernel, T=tokens, **tiles)
     if config.split_k == 1:
         return run(out_type=jax.ShapeDtypeStruct((tokens, features), out_dtype))
     partials = (config.split_k, *kernel.shape[:-2], tokens, features)
@@ -92,6 +92,12 @@ def linear_triton(
     return add_epilogue(total, bias, residual, out_dtype)
 
 
-def _prefetched_bytes(array: Array, config: Config, programs: int) -> int:
-    """Return what each program asks for: a multiple of 16, so that all of it lies within `array`."""
-    return min(config.prefetch_bytes, array.size * array.dtype.itemsize) // programs // 16 * 16
+def _prefetch_options(array: Array | None, config: Config, programs: int) -> dict[str, int]:
+    """Return what each program asks for, a multiple of 16 bytes, and how far behind the gate the up kernel lies."""
+    if array is None:
+        return {"PREFETCH": 0, "PREFETCH_HALF": 0}
+    size = array.size * array.dtype.itemsize
+    half = size // 2 if array.ndim == 3 else 0
+    # Half of the programs, rounded up, share a half: with less than it asked for, the last of them stays inside.
+    wanted = min(config.prefetch_bytes, half or size)
+    return {"PREFETCH": wanted // programs // 16 * 16, "PREFETCH_HALF": half}

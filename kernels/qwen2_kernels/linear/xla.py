@@ -1,10 +1,10 @@
 """`linear` as XLA compiles it: a fusion for the norm, a library's or its own matrix product, and an epilogue."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from qwen2_kernels.linear.activations import ACTIVATIONS
+from qwen2_kernels.rms_norm.xla import rms_norm_xla
 
 
 def linear_xla(
@@ -24,7 +24,7 @@ def linear_xla(
     The product itself is rounded to `out_dtype` once, as Hugging Face's layers do it.
     """
     if norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps)
+        x, _ = rms_norm_xla(x, norm_weight, None, eps=eps)
     if activation is None:
         out = jnp.einsum("td,nd->tn", x, kernel, preferred_element_type=out_dtype)
     else:
@@ -33,13 +33,6 @@ def linear_xla(
         gate, up = jnp.split(jnp.einsum("td,nd->tn", x, flat, preferred_element_type=out_dtype), 2, axis=1)
         out = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return add_epilogue(out, bias, residual, out_dtype)
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Return the root-mean-square norm of `x` [T, D] in its own dtype: float32 inside, rounded once."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight.astype(jnp.float32)[None, :]).astype(x.dtype)
 
 
 def add_epilogue(out: Array, bias: Array | None, residual: Array | None, out_dtype: jnp.dtype) -> Array:

@@ -1,0 +1,14 @@
+"""`rms_norm` from its formula in float32."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def rms_norm_reference(x: Array, weight: Array, residual: Array | None, *, eps: float) -> tuple[Array, Array]:
+    """See `api.rms_norm`."""
+    total = x.astype(jnp.float32)
+    if residual is not None:
+        total = total + residual.astype(jnp.float32)
+    rms = jnp.sqrt(jnp.square(total).mean(axis=-1) + eps)
+    normed = total / rms[:, None] * weight.astype(jnp.float32)[None, :]
+    return normed.astype(x.dtype), total.astype(x.dtype)
