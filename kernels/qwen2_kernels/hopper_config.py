@@ -52,7 +52,9 @@ class Mask:
     """Keys of a tile's first block may lie before `Tile.key_low`, and are not seen."""
 
 
-def unsupported(q: Array, k: Array, v: Array | None = None) -> str | None:
+def unsupported(
+    q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct, v: Array | jax.ShapeDtypeStruct | None = None
+) -> str | None:
     """Return why the kernel cannot attend with these arrays, or None if it can.
 
     Args:

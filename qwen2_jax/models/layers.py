@@ -64,12 +64,12 @@ class QKVProj(nnx.Module):
     def __init__(
         self, size: int, kv_heads: int, group: int, head_dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        self.kernel = weight(rngs, (size, kv_heads, group + 2, head_dim), (None, TP, None, None), std, dtype)
+        self.kernel = weight(rngs, (kv_heads, group + 2, head_dim, size), (TP, None, None, None), std, dtype)
         self.bias = param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), (TP, None, None))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T K G+2 H"]:
         """Project; no communication."""
-        return jnp.einsum("td,dkgh->tkgh", x, self.kernel[...]) + self.bias[...][None]
+        return jnp.einsum("td,kghd->tkgh", x, self.kernel[...]) + self.bias[...][None]
 
 
 class OProj(nnx.Module):
@@ -78,13 +78,13 @@ class OProj(nnx.Module):
     def __init__(
         self, size: int, kv_heads: int, group: int, head_dim: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        self.kernel = weight(rngs, (kv_heads, group, head_dim, size), (TP, None, None, None), std, dtype)
+        self.kernel = weight(rngs, (size, kv_heads, group, head_dim), (None, TP, None, None), std, dtype)
 
     def __call__(self, x: Float[Array, "T K G H"]) -> Float[Array, "T D"]:
         """Project; one all-reduce."""
         # Flat, because XLA would contract over three axes in an order of its own and copy the kernel into it.
-        kernel = self.kernel[...].reshape(-1, self.kernel.shape[-1])
-        return jnp.einsum("ti,id->td", x.reshape(x.shape[0], -1), kernel, out_sharding=out_sharding(None, None))
+        kernel = self.kernel[...].reshape(self.kernel.shape[0], -1)
+        return jnp.einsum("ti,di->td", x.reshape(x.shape[0], -1), kernel, out_sharding=out_sharding(None, None))
 
 
 class GateUpProj(nnx.Module):

@@ -30,10 +30,6 @@ class WeightLayout:
         return leaf if place is None else place(self, leaf)
 
 
-def _place_qkv_kernel(layout: WeightLayout, leaf: np.ndarray) -> np.ndarray:
-    return np.moveaxis(_place_qkv(layout, np.moveaxis(leaf, 0, 2)), 2, 0)
-
-
 def _place_qkv(layout: WeightLayout, leaf: np.ndarray) -> np.ndarray:
     """Lay out `leaf` [K, G + 2, ...] by head, the key and value slots last."""
     heads = layout.heads
@@ -50,8 +46,9 @@ def _place_o_proj(layout: WeightLayout, leaf: np.ndarray) -> np.ndarray:
     heads = layout.heads
     if _is_plain(heads):
         return leaf
-    placed = np.zeros((heads.padded_kv_heads, heads.padded_group, *leaf.shape[2:]), leaf.dtype)
-    _place_queries(heads, placed, leaf, leaf.shape[1])
+    placed = np.zeros((leaf.shape[0], heads.padded_kv_heads, heads.padded_group, leaf.shape[3]), leaf.dtype)
+    by_head = np.moveaxis(leaf, 0, 2)
+    _place_queries(heads, np.moveaxis(placed, 0, 2), by_head, leaf.shape[2])
     return placed
 
 
@@ -76,7 +73,7 @@ def _pad(leaf: np.ndarray, axis: int, size: int) -> np.ndarray:
 _PLACES: dict[tuple[str | int, ...], Callable[[WeightLayout, np.ndarray], np.ndarray]] = {
     ("embed_tokens", "embedding"): lambda layout, leaf: _pad(leaf, 0, layout.vocab_size),
     ("lm_head", "embedding"): lambda layout, leaf: _pad(leaf, 0, layout.vocab_size),
-    ("qkv_proj", "kernel"): _place_qkv_kernel,
+    ("qkv_proj", "kernel"): _place_qkv,
     ("qkv_proj", "bias"): _place_qkv,
     ("o_proj", "kernel"): _place_o_proj,
     ("gate_up_proj", "kernel"): lambda layout, leaf: _pad(leaf, 1, layout.intermediate_size),

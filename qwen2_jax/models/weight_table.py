@@ -1,8 +1,7 @@
 """Which of a checkpoint's tensors make up each leaf of the model's tree, and how.
 
 Sizes here are the checkpoint's own: D hidden, N query heads, K key-value heads, G = N/K, H head_dim, F intermediate,
-V vocabulary, E embedding. A checkpoint stores a projection as [out, in]; the tree stores the MLP's so, and [in, out]
-elsewhere.
+V vocabulary, E embedding. A checkpoint stores a projection as [out, in], and so does the tree.
 """
 
 from collections.abc import Callable
@@ -72,14 +71,19 @@ def _layer(config: ModelConfig, layer: int) -> list[Leaf]:
     gate_up = {f"{hf}.mlp.{name}_proj.weight": (f, d) for name in ("gate", "up")}
     return [
         _copied((*at, "input_layernorm", "weight"), f"{hf}.input_layernorm", d),
-        Leaf(path=(*at, "self_attn", "qkv_proj", "kernel"), shape=(d, k, g + 2, h), sources=qkv, fill=_fill_qkv),
+        Leaf(path=(*at, "self_attn", "qkv_proj", "kernel"), shape=(k, g + 2, h, d), sources=qkv, fill=_fill_qkv),
         Leaf(
             path=(*at, "self_attn", "qkv_proj", "bias"),
             shape=(k, g + 2, h),
             sources=biases if config.attention_bias else {},
-            fill=_fill_qkv_bias,
+            fill=_fill_qkv,
         ),
-        _projection((*at, "self_attn", "o_proj", "kernel"), f"{hf}.self_attn.o_proj.weight", d, n * h, (k, g, h, d)),
+        Leaf(
+            path=(*at, "self_attn", "o_proj", "kernel"),
+            shape=(d, k, g, h),
+            sources={f"{hf}.self_attn.o_proj.weight": (d, n * h)},
+            fill=_fill_o_proj,
+        ),
         _copied((*at, "post_attention_layernorm", "weight"), f"{hf}.post_attention_layernorm", d),
         Leaf(path=(*at, "mlp", "gate_up_proj", "kernel"), shape=(2, f, d), sources=gate_up, fill=_fill_gate_up),
         _copied((*at, "mlp", "down_proj", "kernel"), f"{hf}.mlp.down_proj", d, f),
@@ -107,15 +111,13 @@ def _fill_gate_up(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
 
 
 def _fill_qkv(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
-    heads = tensor.reshape(-1, out.shape[-1], tensor.shape[-1])
-    for head, rows in enumerate(heads):
-        kv_head, slot = _qkv_slot(head, index, out.shape[2] - 2)
-        out[:, kv_head, slot] = rows.T
+    """Deal a projection's heads, rows of the weight or of the bias, out to their slots."""
+    for head, rows in enumerate(tensor.reshape(-1, *out.shape[2:])):
+        out[_qkv_slot(head, index, out.shape[1] - 2)] = rows
 
 
-def _fill_qkv_bias(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
-    for head, row in enumerate(tensor.reshape(-1, out.shape[-1])):
-        out[_qkv_slot(head, index, out.shape[1] - 2)] = row
+def _fill_o_proj(out: np.ndarray, _: int, tensor: np.ndarray) -> None:
+    out[...] = tensor.reshape(out.shape)
 
 
 def _qkv_slot(head: int, projection: int, group: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: their tables of tiles, and that they lower for one."""
+"""The Hopper kernels without a GPU: their tables of tiles, that they lower for one, and what they refuse."""
 
 import functools
 from typing import Any
@@ -10,14 +10,16 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from qwen2_kernels.flash_attention.cudnn import flash_attention_cudnn
 from qwen2_kernels.flash_attention.mosaic import flash_attention_mosaic
-from qwen2_kernels.hopper_attention import Config, Mask, make_tiles
-from qwen2_kernels.paged_attention.mosaic import paged_attention_mosaic
+from qwen2_kernels.hopper_config import Config, Mask
+from qwen2_kernels.hopper_tiles import Rows, make_tiles
+from qwen2_kernels.paged_attention.mosaic import paged_attention_mosaic, supported
 from qwen2_kernels.specs import QWEN2_5, Row
 
-H100 = AbstractMesh(
-    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-)
 GEOMETRIES = ("0.5b", "7b")
+LAYOUTS = (
+    Config(query_buffers=2, read_ahead=True),
+    Config(kv_tile=64, stages=4, qk_first=False, take_turns=False, programs=None),
+)
 MASKS = ({"window": None, "causal": True}, {"window": 1000, "causal": True}, {"window": None, "causal": False})
 TILE_CASES: tuple[tuple[tuple[Row, ...], int | None, bool], ...] = (
     (((5, 5), (300, 300), (1, 1), (0, 0), (594, 594), (21, 21)), None, True),
@@ -27,10 +29,15 @@ TILE_CASES: tuple[tuple[tuple[Row, ...], int | None, bool], ...] = (
 )
 
 
+def gpu(model: str) -> AbstractMesh:
+    device = AbstractDevice(device_kind=model, platform="gpu", num_cores=132)
+    return AbstractMesh((), (), abstract_device=device)
+
+
 def lower(run: Any, *arguments: tuple[tuple[int, ...], Any]) -> str:
     """Lower for an H100, which runs all of Mosaic GPU's checks of shapes, layouts and shared memory."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
-    with jax.sharding.use_abstract_mesh(H100):
+    with jax.sharding.use_abstract_mesh(gpu("NVIDIA H100 80GB HBM3")):
         return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -44,21 +51,19 @@ def test_tiles_hold_every_query_once_and_all_that_it_sees(
     starts = np.append(0, np.cumsum(query_lens)).astype(np.int32)
     tokens = 1024
     positions = context_lens - query_lens
+    none, stops = jnp.zeros(len(rows), jnp.int32), jnp.asarray(context_lens)
     table, num_tiles = make_tiles(
         jnp.asarray(starts),
         tokens,
-        positions=jnp.asarray(positions),
-        key_low=jnp.zeros(len(rows), jnp.int32),
-        key_stop=jnp.asarray(context_lens),
-        clean_start=jnp.zeros(len(rows), jnp.int32),
-        clean_stop=jnp.asarray(context_lens),
+        Rows(positions=jnp.asarray(positions), key_low=none, key_stop=stops, clean_start=none, clean_stop=stops),
         mask=Mask(causal=causal, window=window, bounded=False),
         config=config,
         skip_single=skip_single,
     )
     stored = np.zeros(tokens, int)
     costs = []
-    for row, start, store_start, store_stop, position, key_start, _, key_stop, _, _ in np.asarray(table)[: num_tiles[0]]:
+    real = np.asarray(table)[: int(num_tiles[0])]
+    for row, start, store_start, store_stop, position, key_start, _, key_stop, _, _ in real:
         assert start % 8 == 0 and store_start - start < 8 and store_stop - start <= config.query_tile
         assert key_start % config.kv_tile == 0
         stored[store_start:store_stop] += 1
@@ -95,7 +100,28 @@ def test_paged_lowers(name: str, options: dict[str, Any]) -> None:
     assert "mosaic_gpu" in text
 
 
-def flash(dtype: Any = jnp.bfloat16, *, tokens: int = 16, head_dim: int = 64, run: Any = flash_attention_mosaic) -> None:
+@pytest.mark.parametrize("config", LAYOUTS)
+def test_other_layouts_lower(config: Config) -> None:
+    pool = ((64, 64, 4, 128), jnp.float16)
+    run = functools.partial(
+        paged_attention_mosaic, scale=0.1, k_scale=1.0, v_scale=1.0, window=None, causal=True, config=config
+    )
+    text = lower(run, ((256, 4, 7, 128), jnp.float16), pool, pool, *((n, jnp.int32) for n in ((8, 64), (8,), (9,))))
+    assert "mosaic_gpu" in text
+
+
+def test_layers_share_one_kernel() -> None:
+    def layers(*arrays: jax.Array) -> list[jax.Array]:
+        return [flash_attention_mosaic(*arrays, scale=0.1, window=None, causal=True) for _ in range(3)]
+
+    kv = ((64, 2, 64), jnp.bfloat16)
+    text = lower(layers, ((64, 2, 7, 64), jnp.bfloat16), kv, kv, ((3,), jnp.int32))
+    assert text.count("@mosaic_gpu") == 1
+
+
+def flash(
+    dtype: Any = jnp.bfloat16, *, tokens: int = 16, head_dim: int = 64, run: Any = flash_attention_mosaic
+) -> None:
     k = jnp.zeros((tokens, 2, head_dim), dtype)
     run(k[:, :, None], k, k, jnp.asarray([0, 16]), scale=1.0, window=None, causal=True)
 
@@ -121,7 +147,11 @@ def test_cudnn_refuses_what_it_cannot_do() -> None:
 
 @pytest.mark.parametrize(
     "starts, block_size, message",
-    [(None, 64, "rows of several queries, not decode"), ([0, 8], 32, "blocks of a multiple of 64 that fits 128, not 32")],
+    [
+        (None, 64, "rows of several queries, not decode"),
+        ([0, 8], 32, "blocks of a multiple of 64 that fits 128, not 32"),
+        ([0, 8], 192, "blocks of a multiple of 64 that fits 128, not 192"),
+    ],
 )
 def test_paged_refuses_what_it_cannot_do(starts: list[int] | None, block_size: int, message: str) -> None:
     pool = jnp.zeros((4, block_size, 2, 64), jnp.bfloat16)
@@ -139,3 +169,22 @@ def test_paged_refuses_what_it_cannot_do(starts: list[int] | None, block_size: i
             k_scale=1.0,
             v_scale=1.0,
         )
+
+
+@pytest.mark.parametrize(
+    "q, pool, model, message",
+    [
+        ("bfloat16", (64, 64), "NVIDIA H200", None),
+        ("float16", (128, 128), "NVIDIA GH200 480GB", "bfloat16 or float16 throughout, not bfloat16 and float16"),
+        ("bfloat16", (64, 32), "NVIDIA H200", "head dimensions 64 and 128, not 32"),
+        ("bfloat16", (16, 64), "NVIDIA H200", "blocks of a multiple of 64 that fits 128, not 16"),
+        ("bfloat16", (64, 64), "NVIDIA A100-SXM4-80GB", "compute capability 9.0, not NVIDIA A100-SXM4-80GB"),
+        ("bfloat16", (64, 64), "NVIDIA B200", "compute capability 9.0, not NVIDIA B200"),
+    ],
+)
+def test_supported_gives_the_reason(q: str, pool: tuple[int, int], model: str, message: str | None) -> None:
+    block_size, head_dim = pool
+    k_pool = jax.ShapeDtypeStruct((4, block_size, 2, head_dim), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(gpu(model)):
+        reason = supported(jax.ShapeDtypeStruct((8, 2, 3, head_dim), q), k_pool)
+    assert reason is None if message is None else message in (reason or "")

@@ -52,7 +52,7 @@ def test_is_laid_out_for_any_mesh(tmp_path: Path):
     converted = convert(make_tiny_model(tmp_path / "hf"), tmp_path / "orbax")
     layout = WeightLayout(heads=HeadLayout(4, 2, 4), intermediate_size=56, vocab_size=168)
     ours, theirs = (load(c, np.float32, layout) for c in (converted, open_checkpoint(tmp_path / "hf")))
-    assert ours["model", "layers", 0, "self_attn", "qkv_proj", "kernel"].shape == (32, 4, 3, 8)
+    assert ours["model", "layers", 0, "self_attn", "qkv_proj", "kernel"].shape == (4, 3, 8, 32)
     assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
 
 

@@ -43,13 +43,13 @@ def test_the_tree_computes_what_the_tensors_compute(tmp_path: Path, heads: tuple
     x, y = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
     for i in range(2):
         layer, hf = tree["model"]["layers"][i], f"model.layers.{i}."
-        qkv = np.einsum("d,dkgh->kgh", x, layer["self_attn"]["qkv_proj"]["kernel"])
+        qkv = np.einsum("d,kghd->kgh", x, layer["self_attn"]["qkv_proj"]["kernel"])
         qkv += layer["self_attn"]["qkv_proj"]["bias"]
         for name, ours in (("q", qkv[:, :-2]), ("k", qkv[:, -2]), ("v", qkv[:, -1])):
             weight, bias = (tensors[f"{hf}self_attn.{name}_proj.{part}"] for part in ("weight", "bias"))
             np.testing.assert_allclose(ours.reshape(-1), weight @ x + bias, atol=1e-5)
         heads_out = np.random.default_rng(1).normal(size=(k, n // k, 6)).astype(np.float32)
-        o_proj = np.einsum("kgh,kghd->d", heads_out, layer["self_attn"]["o_proj"]["kernel"])
+        o_proj = np.einsum("kgh,dkgh->d", heads_out, layer["self_attn"]["o_proj"]["kernel"])
         np.testing.assert_allclose(o_proj, tensors[f"{hf}self_attn.o_proj.weight"] @ heads_out.reshape(-1), atol=1e-5)
         gate, up = np.einsum("d,cfd->cf", y, layer["mlp"]["gate_up_proj"]["kernel"])
         np.testing.assert_allclose(gate, tensors[f"{hf}mlp.gate_proj.weight"] @ y, atol=1e-5)
@@ -161,13 +161,13 @@ def test_a_padded_layout_computes_the_same(tmp_path: Path, heads: tuple[int, int
     ours, theirs = placed["model"]["layers"][1], plain["model"]["layers"][1]
 
     qkv, qkv_plain = (
-        np.einsum("d,dkgh->kgh", x, layer["self_attn"]["qkv_proj"]["kernel"]) + layer["self_attn"]["qkv_proj"]["bias"]
+        np.einsum("d,kghd->kgh", x, layer["self_attn"]["qkv_proj"]["kernel"]) + layer["self_attn"]["qkv_proj"]["bias"]
         for layer in (ours, theirs)
     )
     assert qkv.shape == (head_layout.padded_kv_heads, head_layout.padded_group + 2, 6)
     attended, attended_plain = (np.tanh(q[:, :-2] * q[:, -2:-1]) + q[:, -1:] for q in (qkv, qkv_plain))
     outs = [
-        np.einsum("kgh,kghd->d", a, layer["self_attn"]["o_proj"]["kernel"])
+        np.einsum("kgh,dkgh->d", a, layer["self_attn"]["o_proj"]["kernel"])
         for a, layer in ((attended, ours), (attended_plain, theirs))
     ]
     np.testing.assert_allclose(*outs, atol=1e-4)

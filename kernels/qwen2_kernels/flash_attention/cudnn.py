@@ -1,5 +1,7 @@
 """`flash_attention` by NVIDIA's cuDNN, through JAX's binding (`jax._src`: the public one takes no packed prompts)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as binding
@@ -27,7 +29,7 @@ def flash_attention_cudnn(
     lens, offsets = jnp.diff(starts)[None], starts[None]
     if lens.shape[1] == 1:  # The binding takes one prompt for a batch of one that is not packed.
         lens, offsets = lens[0], None
-    out = binding.dot_product_attention(
+    out: Any = binding.dot_product_attention(  # an array, as no residuals are asked for
         q.reshape(1, tokens, kv_heads * group, head_dim),
         k[None],
         jnp.where(is_real, v, 0)[None],  # A weight of 0 does not hide a NaN.

@@ -71,10 +71,11 @@ def paged_attention(
         )
     if query_start_loc is None and q.shape[0] != rows:
         raise ValueError(f"paged_attention: decode has one query a row, not {q.shape[0]} for {rows}")
-    reason = "it reads each block once for all heads of a group"
-    run = select(
-        "paged_attention", IMPLEMENTATIONS, implementation, gpu="triton", elsewhere="xla", reason=reason
-    )
+    head_dim = q.shape[-1]
+    gpu, reason = "triton", "it reads each block once for all heads of a group"
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        gpu, reason = "xla", f"a head dim of {head_dim} is not a power of two of at least 16"
+    run = select("paged_attention", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     return run(
         q,
         k_pool,

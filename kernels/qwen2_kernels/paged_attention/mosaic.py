@@ -1,14 +1,33 @@
 """`paged_attention` of rows with several queries on Hopper's tensor cores: see `hopper_attention`."""
 
 import functools
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qwen2_kernels.hopper_attention import ALIGNMENT, Config, Mask, Tile, attend, check, make_tiles
+from qwen2_kernels.hopper_attention import attend
+from qwen2_kernels.hopper_config import Config, Mask, unsupported
+from qwen2_kernels.hopper_tiles import Rows, Tile, make_tiles
+
+PAGE = 64
+"""Pages hold a multiple of so many tokens, and tiles of keys are cut at them."""
+
+
+def supported(
+    q: Array | jax.ShapeDtypeStruct, k_pool: Array | jax.ShapeDtypeStruct, config: Config | None = None
+) -> str | None:
+    """Return why these arrays cannot be attended with, or None if they can.
+
+    Args:
+        q: the step's queries [T, K, G, H].
+        k_pool: the pool of keys [P, B, K, H]; that of values is like it.
+        config: how the kernel is laid out; None takes what was fastest.
+    """
+    block_size, kv_tile = k_pool.shape[1], (config or Config()).kv_tile
+    if block_size % PAGE or (block_size % kv_tile and kv_tile % block_size):
+        return f"mosaic: blocks of a multiple of {PAGE} that fits {kv_tile}, not {block_size}"
+    return unsupported(q, k_pool)
 
 
 def paged_attention_mosaic(
@@ -30,70 +49,89 @@ def paged_attention_mosaic(
     """See `api.paged_attention`.
 
     Args:
+        q, k_pool, v_pool, block_tables, context_lens, query_start_loc: the op's arrays.
+        scale, window, causal, k_scale, v_scale: the op's options.
         skip_single: leave out rows of one query: what is returned for them is not defined.
         config: how the kernel is laid out; None takes what was fastest.
 
     Raises:
-        NotImplementedError: decode, pools of other dtypes than `q`'s bfloat16 or float16, a head dimension other than
-            64 and 128, blocks whose size 64 does not divide, or a number of tokens that is no multiple of 8.
+        NotImplementedError: decode, or what `supported` gives a reason for: pools of other dtypes than `q`'s bfloat16
+            or float16, a head dimension other than 64 and 128, blocks whose size 64 does not divide, a number of
+            tokens that is no multiple of 8, or a GPU that is not of compute capability 9.0.
     """
     if query_start_loc is None:
         raise NotImplementedError("mosaic: rows of several queries, not decode")
-    check(q, k_pool, v_pool)
-    blocks, block_size, kv_heads, head_dim = k_pool.shape
     config = config or Config()
-    if block_size % 64 or (block_size % config.kv_tile and config.kv_tile % block_size):
-        raise NotImplementedError(f"mosaic: blocks of a multiple of 64 that fits {config.kv_tile}, not {block_size}")
-    rows, tokens = block_tables.shape[0], q.shape[0]
-    query_lens = jnp.diff(query_start_loc)
-    positions = context_lens - query_lens
-    oldest = jnp.zeros(rows, jnp.int32) if window is None else jnp.maximum(positions - window + 1, 0)
-    mask = Mask(causal=causal, window=window, bounded=False)
-    tiles = make_tiles(
-        query_start_loc,
-        tokens,
-        positions=positions,
-        key_low=jnp.zeros(rows, jnp.int32),
-        key_stop=context_lens,
-        clean_start=oldest,
-        clean_stop=context_lens,
-        mask=mask,
-        config=config,
-        skip_single=skip_single,
-    )
-    copy = min(block_size, config.kv_tile)
-    out = attend(
-        q.reshape(tokens, kv_heads * q.shape[2], head_dim),
-        k_pool.reshape(blocks * block_size, kv_heads, head_dim),
-        v_pool.reshape(blocks * block_size, kv_heads, head_dim),
-        tiles,
+    if (reason := supported(q, k_pool, config) or unsupported(q, k_pool, v_pool)) is not None:
+        raise NotImplementedError(reason)
+    return _run(
+        q,
+        k_pool,
+        v_pool,
         block_tables.astype(jnp.int32),
-        loader=functools.partial(_load, block_size, copy, config.kv_tile),
-        copies=config.kv_tile // copy,
+        context_lens,
+        query_start_loc,
         scale=scale * k_scale,
         out_scale=v_scale,
+        window=window,
+        causal=causal,
+        skip_single=skip_single,
+        config=config,
+    )
+
+
+# A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
+@functools.partial(jax.jit, static_argnames=("causal", "config", "out_scale", "scale", "skip_single", "window"))
+def _run(
+    q: Array,
+    k_pool: Array,
+    v_pool: Array,
+    block_tables: Array,
+    context_lens: Array,
+    query_start_loc: Array,
+    *,
+    scale: float,
+    out_scale: float,
+    window: int | None,
+    causal: bool,
+    skip_single: bool,
+    config: Config,
+) -> Array:
+    block_size, kv_tile = k_pool.shape[1], config.kv_tile
+    positions = context_lens - jnp.diff(query_start_loc)
+    zeros = jnp.zeros_like(positions)
+    mask = Mask(causal=causal, window=window, bounded=False)
+    rows = Rows(
+        positions=positions,
+        key_low=zeros,
+        key_stop=context_lens,
+        clean_start=zeros if window is None else jnp.maximum(positions - window + 1, 0),
+        clean_stop=context_lens,
+    )
+    out = attend(
+        q.reshape(q.shape[0], -1, q.shape[-1]),
+        k_pool.reshape(-1, *k_pool.shape[2:]),
+        v_pool.reshape(-1, *v_pool.shape[2:]),
+        make_tiles(query_start_loc, q.shape[0], rows, mask=mask, config=config, skip_single=skip_single),
+        block_tables,
+        locate=functools.partial(_locate, block_size, kv_tile),
+        copies=max(kv_tile // block_size, 1),
+        scale=scale,
+        out_scale=out_scale,
         mask=mask,
         config=config,
     )
     return out.reshape(q.shape)
 
 
-def _load(
-    block_size: int,
-    copy: int,
-    kv_tile: int,
-    refs: tuple[Any, ...],
-    smem: Any,
-    barrier: Any,
-    position: Array,
-    tile: Tile,
-    head: Array,
-) -> None:
-    """Copy block by block. What lies behind the row's last block, whose table entries may be anything, is that block."""
-    pool, block_tables = refs
+def _locate(block_size: int, kv_tile: int, tile: Tile, position: Array, block_tables: Array) -> tuple[Array, ...]:
+    """A block's pages. Behind the row's last page, where the table's entries may be anything, that one is copied."""
     last = lax.div(tile.clean_stop - 1, jnp.int32(block_size))
-    for start in range(0, kv_tile, copy):
-        index = jnp.minimum(lax.div(position + start, jnp.int32(block_size)), last)
-        slot = block_tables[tile.row, index] * block_size + lax.rem(position + start, jnp.int32(block_size))
-        source = pl.ds(pl.multiple_of(slot, ALIGNMENT), copy)
-        plgpu.copy_gmem_to_smem(pool.at[source, head], smem.at[pl.ds(start, copy)], barrier)
+    slots = []
+    for start in range(0, kv_tile, min(block_size, kv_tile)):
+        page, offset = (
+            lax.div(position + start, jnp.int32(block_size)),
+            lax.rem(position + start, jnp.int32(block_size)),
+        )
+        slots.append(block_tables[tile.row, jnp.minimum(page, last)] * block_size + offset)
+    return tuple(slots)

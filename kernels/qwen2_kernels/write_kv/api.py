@@ -61,6 +61,8 @@ def write_kv(
         or slot_mapping.shape != (tokens,)
     ):
         raise ValueError(f"write_kv: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in shapes.items())}")
-    reason = "one launch that writes in place"
-    run = select("write_kv", IMPLEMENTATIONS, implementation, gpu="triton", elsewhere="xla", reason=reason)
+    gpu, reason = "triton", "one launch that writes in place"
+    if head_dim & (head_dim - 1):
+        gpu, reason = "xla", f"a head dim of {head_dim} is not a power of two"
+    run = select("write_kv", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, k_scale=k_scale, v_scale=v_scale)
