@@ -31,8 +31,6 @@ class Config:
     """Issue the next block's QK^T before the last block's PV, not after it."""
     take_turns: bool = True
     """Let one consumer at a time issue products."""
-    read_ahead: bool = False
-    """Read the next tile's row of the table while working on this tile."""
 
     @property
     def query_tile(self) -> int:

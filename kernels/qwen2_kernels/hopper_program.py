@@ -90,21 +90,16 @@ def _for_each_tile(
     def place(turn: Array) -> Array:
         return jnp.where(lax.rem(turn, jnp.int32(2)) == 0, index, programs - 1 - index)
 
-    def read(turn: Array) -> tuple[Array, ...]:
-        row = jnp.minimum(lax.div(turn * programs + place(turn), jnp.int32(heads)), tiles.shape[0] - 1)
-        return tuple(tiles[row, column] for column in range(len(TILE_FIELDS)))
-
-    def deal(turn: Array, carry: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
-        before, columns = carry
-        following = read(turn + 1) if config.read_ahead else ()
-        tile = Tile(**dict(zip(TILE_FIELDS, columns or read(turn), strict=True)))
+    def deal(turn: Array, before: Array) -> Array:
+        item = turn * programs + place(turn)
+        row, head = lax.div(item, jnp.int32(heads)), lax.rem(item, jnp.int32(heads))
+        tile = Tile(**{name: tiles[row, column] for column, name in enumerate(TILE_FIELDS)})
         blocks = lax.div(tile.key_stop - tile.key_start + (config.kv_tile - 1), jnp.int32(config.kv_tile))
-        body(tile, lax.rem(turn * programs + place(turn), jnp.int32(heads)), turn, blocks, before)
-        return before + blocks, following
+        body(tile, head, turn, blocks, before)
+        return before + blocks
 
     full, left = lax.div(items, jnp.int32(programs)), lax.rem(items, jnp.int32(programs))
-    turns = full + (place(full) < left).astype(jnp.int32)
-    lax.fori_loop(0, turns, deal, (jnp.int32(0), read(jnp.int32(0)) if config.read_ahead else ()))
+    lax.fori_loop(0, full + (place(full) < left).astype(jnp.int32), deal, jnp.int32(0))
 
 
 def _position(config: Config, tile: Tile, blocks: Array, index: Array) -> Array:

@@ -53,6 +53,7 @@ class ModelRunner:
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
         self._builder = BatchBuilder(config)
+        self._step_numbers = [self._to_device(np.int32(step)) for step in range(config.max_decode_steps)]
         self._programs = Programs(
             graphdef=model.graphdef,
             vocab_size=model.config.vocab_size,
@@ -73,7 +74,6 @@ class ModelRunner:
         self.num_blocks = self._count_blocks(blocks_needed)
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._kv_cache: KVCache = ()
-        self._step_numbers = [self._to_device(np.int32(step)) for step in range(config.max_decode_steps)]
         self._counter = CompilationCounter()
 
     def compile(self, *, use_tqdm: bool = True) -> None:

@@ -42,3 +42,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "mish": jax.nn.mish,
     "linear": lambda x: x,
 }
+
+FUSED_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+"""What the matmul kernels call those that they can apply to their results."""

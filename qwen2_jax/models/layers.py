@@ -6,6 +6,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from qwen2_jax.models import ops
 from qwen2_jax.parallel import TP, out_sharding
 
 Shape = tuple[int, ...]
@@ -33,12 +34,7 @@ class Qwen2RMSNorm(nnx.Module):
         self, x: Float[Array, "T D"], residual: Float[Array, "T D"] | None = None
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
         """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each."""
-        total = x.astype(jnp.float32)
-        if residual is not None:
-            total = total + residual.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(total), axis=-1, keepdims=True) + self.eps)
-        normed = total * scale * self.weight[...].astype(jnp.float32)[None, :]
-        return normed.astype(x.dtype), total.astype(x.dtype)
+        return ops.rms_norm(x, residual, self.weight[...], self.eps)
 
 
 class VocabEmbedding(nnx.Module):
@@ -69,7 +65,7 @@ class QKVProj(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T K G+2 H"]:
         """Project; no communication."""
-        return jnp.einsum("td,kghd->tkgh", x, self.kernel[...]) + self.bias[...][None]
+        return ops.project_qkv(x, self.kernel[...], self.bias[...])
 
 
 class OProj(nnx.Module):
@@ -82,9 +78,7 @@ class OProj(nnx.Module):
 
     def __call__(self, x: Float[Array, "T K G H"]) -> Float[Array, "T D"]:
         """Project; one all-reduce."""
-        # Flat, because XLA would contract over three axes in an order of its own and copy the kernel into it.
-        kernel = self.kernel[...].reshape(self.kernel.shape[0], -1)
-        return jnp.einsum("ti,di->td", x.reshape(x.shape[0], -1), kernel, out_sharding=out_sharding(None, None))
+        return ops.project_rows(x, self.kernel[...])
 
 
 class GateUpProj(nnx.Module):
@@ -96,6 +90,10 @@ class GateUpProj(nnx.Module):
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T 2 F"]:
         """Project; no communication."""
         return jnp.einsum("td,cfd->tcf", x, self.kernel[...])
+
+    def gated(self, x: Float[Array, "T D"], activation: str) -> Float[Array, "T F"]:
+        """Return `act(gate) * up`; no communication."""
+        return ops.project_gated(x, self.kernel[...], activation)
 
     def features_first(self, x: Float[Array, "T D"]) -> Float[Array, "2 F T"]:
         """Project with the kernel as the left operand."""
@@ -110,7 +108,7 @@ class DownProj(nnx.Module):
 
     def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "T D"]:
         """Project; one all-reduce."""
-        return jnp.einsum("tf,df->td", x, self.kernel[...], out_sharding=out_sharding(None, None))
+        return ops.project_rows(x, self.kernel[...])
 
     def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "T D"]:
         """Project with the kernel as the left operand; one all-reduce."""

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.models.activations import ACTIVATIONS
+from qwen2_jax.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.layers import DownProj, GateUpProj, Linear, OProj, QKVProj, Qwen2RMSNorm, VocabEmbedding
 from qwen2_jax.models.ops import KVPair, attention, write_kv_cache
@@ -61,6 +61,8 @@ class Qwen2MLP(nnx.Module):
         act = ACTIVATIONS[self.hidden_act]
 
         def tokens_first(x: Array) -> Array:
+            if self.hidden_act in FUSED_ACTIVATIONS:
+                return self.down_proj(self.gate_up_proj.gated(x, FUSED_ACTIVATIONS[self.hidden_act]))
             gate_up = self.gate_up_proj(x)
             return self.down_proj(act(gate_up[:, 0]) * gate_up[:, 1])
 

@@ -17,7 +17,7 @@ from qwen2_kernels.specs import QWEN2_5, Row
 
 GEOMETRIES = ("0.5b", "7b")
 LAYOUTS = (
-    Config(query_buffers=2, read_ahead=True),
+    Config(query_buffers=2),
     Config(kv_tile=64, stages=4, qk_first=False, take_turns=False, programs=None),
 )
 MASKS = ({"window": None, "causal": True}, {"window": 1000, "causal": True}, {"window": None, "causal": False})

@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from qwen2_kernels.dispatch import select
+from qwen2_kernels.launch import has_triton
 from qwen2_kernels.paged_attention.reference import paged_attention_reference
 from qwen2_kernels.paged_attention.xla import paged_attention_xla
 
@@ -16,7 +17,18 @@ def _triton(*arrays: Any, **options: Any) -> Array:
     return paged_attention_triton(*arrays, **options)
 
 
-IMPLEMENTATIONS = {"reference": paged_attention_reference, "xla": paged_attention_xla, "triton": _triton}
+def _mosaic(*arrays: Any, **options: Any) -> Array:
+    from qwen2_kernels.paged_attention.hopper import paged_attention_hopper
+
+    return paged_attention_hopper(*arrays, **options)
+
+
+IMPLEMENTATIONS = {
+    "reference": paged_attention_reference,
+    "xla": paged_attention_xla,
+    "triton": _triton,
+    "mosaic": _mosaic,
+}
 
 
 def paged_attention(
@@ -71,10 +83,7 @@ def paged_attention(
         )
     if query_start_loc is None and q.shape[0] != rows:
         raise ValueError(f"paged_attention: decode has one query a row, not {q.shape[0]} for {rows}")
-    head_dim = q.shape[-1]
-    gpu, reason = "triton", "it reads each block once for all heads of a group"
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        gpu, reason = "xla", f"a head dim of {head_dim} is not a power of two of at least 16"
+    gpu, reason = _choice_on_gpu(q, k_pool, is_decode=query_start_loc is None)
     run = select("paged_attention", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     return run(
         q,
@@ -89,3 +98,16 @@ def paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def _choice_on_gpu(q: Array, k_pool: Array, *, is_decode: bool) -> tuple[str, str]:
+    """Return the implementation for a GPU, and why."""
+    head_dim = q.shape[-1]
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return "xla", f"a head dim of {head_dim} is not a power of two of at least 16"
+    if is_decode or not has_triton():
+        return "triton", "it reads each block once for all heads of a group"
+    from qwen2_kernels.paged_attention.mosaic import supported
+
+    unsupported = supported(q, k_pool)
+    return ("mosaic", "Hopper's tensor cores") if unsupported is None else ("triton", unsupported)
