@@ -1,8 +1,8 @@
 """A step's inputs as one int32 vector: one copy to the device instead of one per array.
 
 The host packs named arrays with `pack`, and the compiled step takes them apart with `unpack`; both follow the same
-layout, which depends only on the bucket. float32 fields travel as their bits. Every array starts at a multiple of 16
-bytes: XLA may hand a kernel a pointer into the vector instead of a copy, and kernels load 16 bytes at a time.
+layout, which depends only on the bucket. float32 fields travel as their bits. Every array starts at a multiple of 256
+bytes: XLA may hand a kernel a pointer into the vector instead of a copy, and Mosaic takes no other.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 Shape = tuple[int, ...]
-_ALIGNMENT = 4
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,9 @@ def test_fields_do_not_overlap() -> None:
     assert counts[0] == len(packed) - sum(view.size for view in views.values())
 
 
-def test_fields_start_at_16_bytes() -> None:
+def test_fields_start_at_256_bytes() -> None:
     packed, views = allocate(LAYOUTS["prefill"])
-    assert [(view.ctypes.data - packed.ctypes.data) % 16 for view in views.values()] == [0] * len(views)
+    assert [(view.ctypes.data - packed.ctypes.data) % 256 for view in views.values()] == [0] * len(views)
 
 
 def test_both_layouts_carry_what_the_sampler_needs() -> None:
