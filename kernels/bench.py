@@ -63,7 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     limits = measure_limits()
-    print(f"{jax.devices()[0].device_kind}: {limits['bandwidth'] / 1e12:.2f} TB/s, {limits['flops'] / 1e12:.0f} TFLOP/s")
+    print(
+        f"{jax.devices()[0].device_kind}: {limits['bandwidth'] / 1e12:.2f} TB/s, {limits['flops'] / 1e12:.0f} TFLOP/s"
+    )
     geometry = QWEN2_5[arguments.geometry]
     cases = []
     for op, dtype in product(arguments.ops.split(","), arguments.dtypes.split(",")):
@@ -93,11 +95,17 @@ def run_cases(cases: list[Case], limits: dict[str, float]) -> Iterator[tuple[dic
             try:
                 seconds = median_time(future.result(), case.make()) / case.chain
             except Exception as error:  # a configuration that does not fit is a result, too
-                print(f"{case.op} {case.implementation} {case.shape} {case.config or ''}: {str(error)[:200]!r}", flush=True)
+                print(
+                    f"{case.op} {case.implementation} {case.shape} {case.config or ''}: {str(error)[:200]!r}",
+                    flush=True,
+                )
                 continue
             row |= {"us": seconds * 1e6, "config": asdict(case.config) if case.config else None}
             if case.num_bytes:
-                row |= {"TB/s": case.num_bytes / seconds / 1e12, "share": case.num_bytes / seconds / limits["bandwidth"]}
+                row |= {
+                    "TB/s": case.num_bytes / seconds / 1e12,
+                    "share": case.num_bytes / seconds / limits["bandwidth"],
+                }
             if case.flops:
                 row |= {"TFLOP/s": case.flops / seconds / 1e12, "share": case.flops / seconds / limits["flops"]}
             print(format_row(row), flush=True)

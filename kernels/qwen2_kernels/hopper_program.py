@@ -73,7 +73,7 @@ def program(
     @pl.when(warpgroup < config.consumers)
     def _consumer() -> None:
         plgpu.set_max_registers(240 if config.consumers == 2 else 160, action="increase")
-        _consume(out_gmem, shared, for_each_tile, warpgroup, scale, out_scale, mask, config)
+        _consume_kernel(out_gmem, shared, for_each_tile, warpgroup, scale, out_scale, mask, config)
 
 
 def _for_each_tile(
@@ -148,7 +148,7 @@ def _produce(
     for_each_tile(load)
 
 
-def _consume(
+def _consume_kernel(
     out_gmem: Any,
     shared: Shared,
     for_each_tile: ForEachTile,

@@ -13,7 +13,13 @@ def has_triton() -> bool:
 
 
 def triton_call(
-    *args: Any, kernel: Callable[..., Any], out_type: Any = (), grid: Grid, num_warps: int, num_stages: int, **constexprs: Any
+    *args: Any,
+    kernel: Callable[..., Any],
+    out_type: Any = (),
+    grid: Grid,
+    num_warps: int,
+    num_stages: int,
+    **constexprs: Any,
 ) -> Any:
     """Launch `kernel` on arrays and `jax.Ref`s, in the order of its parameters; `constexprs` go by name.
 

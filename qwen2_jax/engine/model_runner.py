@@ -127,7 +127,9 @@ class ModelRunner:
     def _prompt_logprobs(self, output: SchedulerOutput) -> list[Any]:
         """Report on the tokens of the step, as many chunks of them as hold rows that ask for it."""
         ends = np.cumsum([row.num_tokens for row in output.rows])
-        end = max((int(end) for row, end in zip(output.rows, ends, strict=True) if _wants_prompt_logprobs(row)), default=0)
+        end = max(
+            (int(end) for row, end in zip(output.rows, ends, strict=True) if _wants_prompt_logprobs(row)), default=0
+        )
         targets = _next_prompt_tokens(output, pad_to_multiple(end, PROMPT_LOGPROBS_CHUNK))
         return [
             self._run("prompt_logprobs", 0, self._state, np.concatenate([[start], chunk]).astype(np.int32))

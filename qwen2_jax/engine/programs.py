@@ -96,10 +96,7 @@ class Programs:
         )
         (logits, _), kv_cache = model(batch, kv_cache)
         at_step = inputs | {name: inputs[name] + step for name in ("sample_positions", "output_indices")}
-        if greedy:
-            outputs = {"token_ids": likeliest(logits)}
-        else:
-            outputs = sample(logits, at_step, state, self.max_logprobs)
+        outputs = {"token_ids": likeliest(logits)} if greedy else sample(logits, at_step, state, self.max_logprobs)
         return kv_cache, self._remember(state, at_step, outputs), outputs
 
     def prefill(

@@ -85,9 +85,7 @@ def project_gated(x: Float[Array, "T D"], kernel: Float[Array, "2 F D"], activat
     return _sharded(island, (P(), P(None, TP)), HEADS)(x, kernel)
 
 
-def project_rows(
-    x: Float[Array, "T *in"], kernel: Float[Array, "D *in"]
-) -> Float[Array, "T D"]:
+def project_rows(x: Float[Array, "T *in"], kernel: Float[Array, "D *in"]) -> Float[Array, "T D"]:
     """Multiply by a kernel whose inputs, from their first axis on, are split over the devices; one all-reduce."""
 
     def island(x: Array, kernel: Array) -> Array:

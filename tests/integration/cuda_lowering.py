@@ -18,7 +18,9 @@ from qwen2_jax.models.registry import model_class
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 
 
-def lower_step(model: ModelConfig, name: str, size: int, *, num_blocks: int = 500, **options: Any) -> jax.stages.Lowered:
+def lower_step(
+    model: ModelConfig, name: str, size: int, *, num_blocks: int = 500, **options: Any
+) -> jax.stages.Lowered:
     """Lower the program `name` ("decode" or "prefill") of bucket `size`, in bfloat16 on one device."""
     mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Explicit,), abstract_device=H100)
     config = EngineConfig(**options).resolve(model, "gpu")
@@ -47,7 +49,9 @@ def lower_step(model: ModelConfig, name: str, size: int, *, num_blocks: int = 50
         packed = jax.ShapeDtypeStruct((packed_size(layout),), jnp.int32, sharding=NamedSharding(mesh, P()))
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
         step = jax.jit(function, donate_argnums=(1, 2))
-        return step.trace(params, pools, state, packed, *([number] if name == "decode" else [])).lower(lowering_platforms=("cuda",))
+        return step.trace(params, pools, state, packed, *([number] if name == "decode" else [])).lower(
+            lowering_platforms=("cuda",)
+        )
 
 
 def _place(mesh: AbstractMesh, leaf: Any) -> jax.ShapeDtypeStruct:

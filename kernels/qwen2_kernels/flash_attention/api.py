@@ -35,5 +35,12 @@ def flash_attention(
     """
     if q.shape[:2] + q.shape[3:] != k.shape or k.shape != v.shape:
         raise ValueError(f"flash_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    run = select("flash_attention", IMPLEMENTATIONS, implementation, gpu="reference", elsewhere="reference", reason="one there is")
+    run = select(
+        "flash_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        gpu="reference",
+        elsewhere="reference",
+        reason="one there is",
+    )
     return run(q, k, v, query_start_loc, scale=scale, window=window, causal=causal)

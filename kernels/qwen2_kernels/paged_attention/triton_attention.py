@@ -40,9 +40,7 @@ def paged_attention_triton(
     decode = decode_config(q, k_pool, block_tables)
     if query_start_loc is None:
         return decode_attention(q, *arguments, None, **options, config=decode)
-    out = ragged_attention(
-        q, *arguments, **options, causal=causal, skip_single=True, config=ragged_config(q, k_pool)
-    )
+    out = ragged_attention(q, *arguments, **options, causal=causal, skip_single=True, config=ragged_config(q, k_pool))
     return decode_attention(q, *arguments, out, **options, config=decode)
 
 

@@ -37,10 +37,7 @@ def _span(context, WINDOW: tl.constexpr, SPLITS: tl.constexpr, MIN_CHUNK: tl.con
     first = 0
     if WINDOW is not None:
         first = tl.maximum(context - WINDOW, 0)
-    if SPLITS == 1:
-        chunk = context
-    else:
-        chunk = tl.maximum(tl.cdiv(tl.cdiv(context - first, SPLITS), BN) * BN, MIN_CHUNK)
+    chunk = context if SPLITS == 1 else tl.maximum(tl.cdiv(tl.cdiv(context - first, SPLITS), BN) * BN, MIN_CHUNK)
     return first, chunk
 
 
@@ -93,10 +90,7 @@ def _decode_kernel(
     head = tl.arange(0, GP)
     lane = tl.arange(0, H)
     is_head = head < G
-    if SPLITS == 1:
-        active = is_single
-    else:
-        active = start < stop
+    active = is_single if SPLITS == 1 else start < stop
     if active:
         query = (token.to(tl.int64) * K + kv_head) * G * H + head[:, None] * H + lane[None, :]
         q = tl.load(q_ptr + query, mask=is_head[:, None], other=0.0).to(COMPUTE)
