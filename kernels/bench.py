@@ -121,7 +121,7 @@ def compile_case(case: Case) -> jax.stages.Compiled:
 
 def median_time(compiled: Callable[..., Any], arrays: tuple[Any, ...], *, donated: bool = True) -> float:
     """Return the seconds that one call takes when calls follow one another."""
-    times = []
+    times, results = [], arrays
     for repeat in range(5):
         calls = 1 if repeat == 0 else 8
         jax.block_until_ready(arrays)
@@ -212,7 +212,7 @@ def attention_cases(geometry: Geometry, dtype: Any, *, tune: bool) -> Iterator[C
         is_decode = all(queries == 1 for queries, _ in rows)
         kv_bytes = sum(length for _, length in rows) * 2 * geometry.num_key_value_heads * geometry.head_dim
         pairs = sum(queries * length - queries * (queries - 1) / 2 for queries, length in rows)
-        options = dict(
+        options: dict[str, Any] = dict(
             op="paged_attention_decode" if is_decode else "paged_attention_ragged",
             shape=f"{shape}, {jnp.dtype(dtype).name}",
             make=partial(make_attention, geometry, dtype, rows),

@@ -1,10 +1,7 @@
 """How a Triton kernel becomes part of a JAX program. The only importer of jax-triton."""
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
-
-Grid = tuple[int, ...]
 
 
 def has_triton() -> bool:
@@ -14,9 +11,9 @@ def has_triton() -> bool:
 
 def triton_call(
     *args: Any,
-    kernel: Callable[..., Any],
+    kernel: Any,
     out_type: Any = (),
-    grid: Grid,
+    grid: Any,
     num_warps: int,
     num_stages: int,
     **constexprs: Any,

@@ -40,7 +40,7 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
 def compile_programs[K](
     specs: Mapping[K, ProgramSpec], mesh: Mesh, cache: ExecutableCache | None, *, use_tqdm: bool
 ) -> dict[K, jax.stages.Compiled]:
-    """Load from `cache` or compile all of `specs`, in as many threads as there are cores; a progress bar counts them."""
+    """Load from `cache` or compile all of `specs`, in as many threads as there are cores, with a progress bar."""
 
     def load_or_compile(key: K, spec: ProgramSpec) -> jax.stages.Compiled:
         if cache is None:
@@ -71,7 +71,7 @@ def use_persistent_cache() -> Path:
         jax.config.update("jax_compilation_cache_dir", str(base / "qwen2_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return Path(jax.config.jax_compilation_cache_dir)
+    return Path(str(jax.config.jax_compilation_cache_dir))
 
 
 class CompilationCounter:

@@ -1,6 +1,6 @@
 """Scheduled calls become padded arrays: tokens, positions, tables, slots, and each row's sampling parameters."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_decode_buckets(count: int, expected: int) -> None:
 def test_whether_every_row_is_plainly_greedy(params: dict[str, Any], expected: bool) -> None:
     requests = [
         make_request(0, [5], [1], SamplingParams(temperature=0)),
-        make_request(1, [5], [2], SamplingParams(**({"temperature": 0} | params))),
+        make_request(1, [5], [2], SamplingParams(**cast(dict[str, Any], {"temperature": 0} | params))),
     ]
     builder = BatchBuilder(CONFIG)
     admit(builder, *requests)

@@ -1,12 +1,12 @@
 """Lowers whole steps for an H100 that need not be here: tracing, Triton's compiler and Mosaic's run on the CPU."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.cache.kv_cache import PoolLayout
@@ -39,7 +39,7 @@ def lower_step(
         )
         params = jax.tree.map(partial(_place, mesh), nnx.to_pure_dict(weights))
         state = jax.tree.map(partial(_place, mesh), jax.eval_shape(programs.initial_state))
-        pools = PoolLayout.of(model, config.block_size, "bfloat16", 1).abstract(mesh, num_blocks)
+        pools = PoolLayout.of(model, config.block_size, "bfloat16", 1).abstract(cast(Mesh, mesh), num_blocks)
         width = config.blocks_per_sequence
         if name == "decode":
             function, layout = partial(programs.decode, rows=size, greedy=True), decode_layout(size, width)

@@ -1,6 +1,7 @@
 """`paged_attention`: its reference against numpy, every implementation against its reference, and no NaN leaks."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ def attend(
     arguments = (jnp.asarray(batch.q, dtype), *pools, batch.block_tables, batch.context_lens, starts)
     if implementation == "triton" and jax.default_backend() == "cpu":
         with triton_interpreter():
-            out = program(batch.spec, implementation, **scales).__wrapped__(*map(as_array, arguments))
+            out = inspect.unwrap(program(batch.spec, implementation, **scales))(*map(as_array, arguments))
     else:
         out = program(batch.spec, implementation, **scales)(*arguments)
     assert out.dtype == dtype and jnp.isfinite(out).all()

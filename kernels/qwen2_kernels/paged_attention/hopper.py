@@ -1,4 +1,6 @@
-"""`paged_attention` for a step with prefills on Hopper: Mosaic's kernel for rows with several queries, Triton's for one."""
+"""`paged_attention` on Hopper: Mosaic's kernel for rows with several queries, Triton's for rows with one."""
+
+from typing import Any
 
 from jax import Array
 
@@ -28,7 +30,7 @@ def paged_attention_hopper(
     """
     if query_start_loc is None:
         raise NotImplementedError("paged_attention: mosaic attends for steps with prefills; use triton to decode")
-    options = {"scale": scale, "window": window, "k_scale": k_scale, "v_scale": v_scale}
+    options: dict[str, Any] = {"scale": scale, "window": window, "k_scale": k_scale, "v_scale": v_scale}
     arguments = (k_pool, v_pool, block_tables, context_lens, query_start_loc)
     out = paged_attention_mosaic(q, *arguments, **options, causal=causal, skip_single=True)
     return decode_attention(q, *arguments, out, **options, config=decode_config(q, k_pool, block_tables))

@@ -1,5 +1,7 @@
 """`paged_attention` through Triton: which kernel attends for which row, and with which tiles."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -35,13 +37,15 @@ def paged_attention_triton(
     head_dim = q.shape[-1]
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise NotImplementedError(f"paged_attention: triton needs a head dim of 16, 32, 64, ..., not {head_dim}")
-    options = {"scale": scale, "window": window, "k_scale": k_scale, "v_scale": v_scale}
-    arguments = (k_pool, v_pool, block_tables, context_lens, query_start_loc)
+    options: dict[str, Any] = {"scale": scale, "window": window, "k_scale": k_scale, "v_scale": v_scale}
+    arguments = (k_pool, v_pool, block_tables, context_lens)
     decode = decode_config(q, k_pool, block_tables)
     if query_start_loc is None:
-        return decode_attention(q, *arguments, None, **options, config=decode)
-    out = ragged_attention(q, *arguments, **options, causal=causal, skip_single=True, config=ragged_config(q, k_pool))
-    return decode_attention(q, *arguments, out, **options, config=decode)
+        return decode_attention(q, *arguments, None, None, **options, config=decode)
+    out = ragged_attention(
+        q, *arguments, query_start_loc, **options, causal=causal, skip_single=True, config=ragged_config(q, k_pool)
+    )
+    return decode_attention(q, *arguments, query_start_loc, out, **options, config=decode)
 
 
 def decode_config(q: Array, k_pool: Array, block_tables: Array) -> DecodeConfig:

@@ -5,6 +5,7 @@ chunk a second kernel combines them by their log-sum-exps (Flash-Decoding, Dao e
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def _decode_kernel(
 ):
     """Grid (K, splits, R). `out` is [T, K, G, H], or partial results float32 [R, K, SPLITS, G, H] with their lse."""
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    context, token, is_single = _row(row, context_lens_ptr, starts_ptr, RAGGED)
+    context, token, is_single = _row(row, context_lens_ptr, starts_ptr, RAGGED)  # pyright: ignore
     first, chunk = _span(context, WINDOW, SPLITS, MIN_CHUNK, BN)
     start = first + split * chunk
     stop = tl.minimum(start + chunk, context)
@@ -142,7 +143,7 @@ def _combine_kernel(
 ):
     """Grid (K * G, R): the weighted sum of a head's partial results."""
     head, row = tl.program_id(0), tl.program_id(1)
-    context, token, is_single = _row(row, context_lens_ptr, starts_ptr, RAGGED)
+    context, token, is_single = _row(row, context_lens_ptr, starts_ptr, RAGGED)  # pyright: ignore
     first, chunk = _span(context, WINDOW, SPLITS, MIN_CHUNK, BN)
     lane = tl.arange(0, H)
     if is_single:
@@ -185,9 +186,11 @@ def decode_attention(
     starts = query_start_loc if ragged else context_lens
     splits = config.num_splits
     compute = compute_type(q.dtype, k_pool.dtype)
-    shared = dict(K=kv_heads, G=group, H=head_dim, BN=config.block_n, SPLITS=splits, MIN_CHUNK=config.min_chunk)
+    shared: dict[str, Any] = dict(
+        K=kv_heads, G=group, H=head_dim, BN=config.block_n, SPLITS=splits, MIN_CHUNK=config.min_chunk
+    )
     shared |= dict(WINDOW=window, RAGGED=ragged)
-    kernel_options = dict(
+    kernel_options: dict[str, Any] = dict(
         kernel=_decode_kernel,
         grid=(kv_heads, splits, rows),
         num_warps=config.num_warps,
@@ -210,7 +213,7 @@ def decode_attention(
         return jax.freeze(ref)
     partial_shape = jax.ShapeDtypeStruct((*lse_shape.shape, head_dim), jnp.float32)
     partial, lse = triton_call(*inputs, out_type=(partial_shape, lse_shape), **kernel_options, **shared)
-    combine_options = dict(
+    combine_options: dict[str, Any] = dict(
         kernel=_combine_kernel,
         grid=(kv_heads * group, rows),
         num_warps=1 if splits <= 8 else 4,

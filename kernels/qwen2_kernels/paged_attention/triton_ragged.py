@@ -149,13 +149,13 @@ def _ragged_kernel(
         total = tl.full([BM], 0.0, tl.float32)
         acc = tl.full([BM, H], 0.0, tl.float32)
         table = block_tables_ptr + tl.where(is_padding, 0, row) * M
-        for base in tl.range(first, full_stop, BN):
-            acc, total, top = _attend(
+        for base in tl.range(first, full_stop, BN):  # pyright: ignore
+            acc, total, top = _attend(  # pyright: ignore
                 q, acc, total, top, base, stop, table, k_pool_ptr, v_pool_ptr, kv_head, lane, low, high,
                 logit_scale, K, H, B, BN, False, COMPUTE,
             )  # fmt: skip
-        for base in tl.range(full_stop, stop, BN):
-            acc, total, top = _attend(
+        for base in tl.range(full_stop, stop, BN):  # pyright: ignore
+            acc, total, top = _attend(  # pyright: ignore
                 q, acc, total, top, base, stop, table, k_pool_ptr, v_pool_ptr, kv_head, lane, low, high,
                 logit_scale, K, H, B, BN, True, COMPUTE,
             )  # fmt: skip
@@ -182,7 +182,7 @@ def ragged_attention(
     """Attend for every row; with `skip_single`, rows with one query are left undefined."""
     tokens, kv_heads, group, head_dim = q.shape
     rows, blocks = block_tables.shape
-    block_m = max(config.block_m, triton.next_power_of_2(group))
+    block_m: int = max(config.block_m, 1 << (group - 1).bit_length())
     queries = block_m // group
     row, start = tile_rows(query_start_loc, tokens, queries, skip_single=skip_single)
     return triton_call(
