@@ -65,7 +65,7 @@ def compile_programs[K](
 
 
 def use_persistent_cache() -> Path:
-    """Keep compiled programs on disk, in JAX's configured cache or else in the user's cache folder; return the place."""
+    """Keep compiled programs on disk, in JAX's configured cache or else in the user's folder; return the place."""
     if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "qwen2_jax" / "xla"))

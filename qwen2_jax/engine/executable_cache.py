@@ -1,6 +1,6 @@
 """Compiled programs on disk. What is found there is loaded without tracing, Triton's compiler or autotuning.
 
-JAX's own persistent cache needs the lowered program to find its key, which takes seconds for each of dozens of programs.
+JAX's own persistent cache needs the lowered program to find its key: seconds for each of dozens of programs.
 Here the key is made of what the program is made from: this package's sources, the versions below it, the devices, and
 the configurations. The files are as trustworthy as the folder that they lie in: the user's cache folder, like JAX's.
 """
