@@ -7,6 +7,7 @@ the configurations. The files are as trustworthy as the folder that they lie in:
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -28,6 +29,8 @@ class ExecutableCache:
 
     def __init__(self, directory: Path, mesh: Mesh, *facts: object) -> None:
         """Use `directory`; `facts` is all that tells this model and configuration from others, by its `repr`."""
+        # Tells Mosaic's runtime where its library lies; a program with a Mosaic kernel cannot be loaded before that.
+        importlib.import_module("jax.experimental.mosaic.gpu")
         self._directory, self._mesh = directory, mesh
         device = mesh.devices.flat[0]
         machine = (device.device_kind, device.client.platform_version, mesh.shape, os.environ.get("XLA_FLAGS"))

@@ -1,0 +1,55 @@
+"""Programs on disk: what is kept comes back, what is broken is made again, and other facts are another program."""
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen2_jax.engine.compilation import ProgramSpec, compile_programs
+from qwen2_jax.engine.executable_cache import ExecutableCache
+from qwen2_jax.parallel import make_mesh, replicated
+
+MESH = make_mesh(1)
+
+
+def spec(factor: float) -> ProgramSpec:
+    vector = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=replicated(MESH))
+    return ProgramSpec(function=lambda x: x * factor, arguments=(vector,), out_shardings=replicated(MESH))
+
+
+def run(cache: ExecutableCache, factor: float) -> float:
+    """Compile or load the one program, named alike whatever the factor, and run it on ones."""
+    compiled = compile_programs({"scale": spec(factor)}, MESH, cache, use_tqdm=False)
+    return float(compiled["scale"](jax.device_put(jnp.ones(4), replicated(MESH)))[0])
+
+
+def test_a_kept_program_is_loaded_instead_of_compiled(tmp_path: Path) -> None:
+    assert run(ExecutableCache(tmp_path, MESH, "model"), 3.0) == 3.0
+    assert run(ExecutableCache(tmp_path, MESH, "model"), 5.0) == 3.0
+
+
+def test_other_facts_are_another_program(tmp_path: Path) -> None:
+    assert run(ExecutableCache(tmp_path, MESH, "model"), 3.0) == 3.0
+    assert run(ExecutableCache(tmp_path, MESH, "another"), 5.0) == 5.0
+
+
+@pytest.mark.parametrize("damage", [b"", b"no pickle", None])
+def test_a_broken_file_is_reported_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes | None
+) -> None:
+    run(ExecutableCache(tmp_path, MESH, "model"), 3.0)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-200] if damage is None else damage)
+    with caplog.at_level(logging.WARNING):
+        assert run(ExecutableCache(tmp_path, MESH, "model"), 5.0) == 5.0
+    assert f"{path} cannot be loaded" in caplog.text
+    assert run(ExecutableCache(tmp_path, MESH, "model"), 7.0) == 5.0
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    cache = ExecutableCache(tmp_path / "deep" / "folder", MESH)
+    assert cache.read("workspace") is None
+    cache.write("workspace", b"123")
+    assert ExecutableCache(tmp_path / "deep" / "folder", MESH).read("workspace") == b"123"
