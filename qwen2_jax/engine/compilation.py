@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from qwen2_jax.engine.executable_cache import ExecutableCache
 
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -40,7 +41,15 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
 def compile_programs[K](
     specs: Mapping[K, ProgramSpec], mesh: Mesh, cache: ExecutableCache | None, *, use_tqdm: bool
 ) -> dict[K, jax.stages.Compiled]:
-    """Load from `cache` or compile all of `specs`, in as many threads as there are cores, with a progress bar."""
+    """Load from `cache` or compile all of `specs`, in as many threads as there are cores, with a progress bar.
+
+    What JAX's own cache gave is not kept a second time: such a program, serialised again, may load and then not run.
+    """
+    from_jax = threading.local()
+
+    def note_hit(event: str, **_: Any) -> None:
+        if event == _CACHE_HIT_EVENT:
+            from_jax.hit = True
 
     def load_or_compile(key: K, spec: ProgramSpec) -> jax.stages.Compiled:
         if cache is None:
@@ -48,11 +57,14 @@ def compile_programs[K](
         found = cache.load(repr(key))
         if found is not None:
             return found
+        from_jax.hit = False
         program = compile_program(spec, mesh)
-        cache.save(repr(key), program)
+        if not from_jax.hit:
+            cache.save(repr(key), program)
         return program
 
     compiled = {}
+    jax.monitoring.register_event_listener(note_hit)
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count()) as threads,
         tqdm(total=len(specs), desc="Compiling", unit="program", disable=not use_tqdm) as progress,
@@ -61,6 +73,7 @@ def compile_programs[K](
         for future in as_completed(futures):
             compiled[futures[future]] = future.result()
             progress.update()
+    jax.monitoring.unregister_event_listener(note_hit)
     return compiled
 
 
