@@ -23,9 +23,6 @@ KINDS = ("plain", "norm", "norm_bias", "residual", "gated", "norm_gated")
 GEMV = Config(block_n=4, block_k=32, num_stages=1)
 GEMV_CONFIGS = {
     "tiles": GEMV,
-    "loop": Config(block_n=4, block_k=32, num_stages=2, programs=3),
-    "loop_of_whole_rows": Config(block_n=2, block_k=128, num_stages=3, programs=7, bypass_l1=True),
-    "more_programs_than_tiles": Config(block_n=4, block_k=32, programs=1000),
 }
 DOT_CONFIGS = {
     "one_tile": Config(block_n=16, block_k=128, block_t=16),
@@ -197,13 +194,6 @@ def test_compiles_for_an_h100_with_wide_reads(model: str, projection: str, token
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [4096, 512])
-def test_loops_read_ahead(size: int) -> None:
-    config = Config(block_n=2, block_k=size, num_warps=8 if size > 512 else 2, num_stages=3, programs=264)
-    assert "cp.async.cg.shared.global" in lowered("7b", "gate_up", 1, config)[1]
-
-
-@pytest.mark.slow
 def test_reads_past_the_first_level_cache() -> None:
     ptx = lowered("7b", "gate_up", 1, Config(block_n=2, block_k=512, num_warps=2, num_stages=1, bypass_l1=True))[1]
     assert re.search(r"ld\.global\.cg\.v4\.b32", ptx)
@@ -211,7 +201,7 @@ def test_reads_past_the_first_level_cache() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens, tiles", [(1, {}), (1, {"programs": 264}), (8, {"block_t": 16})])
+@pytest.mark.parametrize("tokens, tiles", [(1, {}), (8, {"block_t": 16})])
 def test_asks_for_the_next_kernel(tokens: int, tiles: dict[str, int]) -> None:
     request = "cp.async.bulk.prefetch.L2.global"
     make_config: Any = Config
@@ -274,9 +264,8 @@ def test_what_triton_cannot_do_is_refused() -> None:
     [
         ({"block_n": 12}, r"powers of two are needed, not \{'block_n': 12\}"),
         ({"num_stages": 0}, r"out of range: \{'num_stages': 0\}"),
-        ({"programs": -1}, r"out of range: \{'programs': -1\}"),
         ({"split_k": 2}, "belong to the dot kernel"),
-        ({"block_t": 16, "programs": 132}, "belong to the multiply-reduce kernel"),
+        ({"block_t": 16, "bypass_l1": True}, "belongs to the multiply-reduce kernel"),
     ],
 )
 def test_impossible_configs_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from qwen2_kernels.flash_attention.cudnn import flash_attention_cudnn
 from qwen2_kernels.flash_attention.mosaic import flash_attention_mosaic
 from qwen2_kernels.hopper_config import Config, Mask
 from qwen2_kernels.hopper_tiles import Rows, make_tiles
@@ -133,16 +132,6 @@ def test_flash_refuses_what_it_cannot_do() -> None:
         flash(head_dim=32)
     with pytest.raises(NotImplementedError, match="tokens that 8 divides, not 20"):
         flash(tokens=20)
-
-
-def test_cudnn_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(NotImplementedError, match="bfloat16 or float16 throughout, not float32"):
-        flash(jnp.float32, run=flash_attention_cudnn)
-    with pytest.raises(NotImplementedError, match="head dimensions up to 256 that 8 divides, not 20"):
-        flash(head_dim=20, run=flash_attention_cudnn)
-    k = jnp.zeros((16, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="windows of causal attention only"):
-        flash_attention_cudnn(k[:, :, None], k, k, jnp.asarray([0, 16]), scale=1.0, window=5, causal=False)
 
 
 @pytest.mark.parametrize(

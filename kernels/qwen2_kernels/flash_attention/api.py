@@ -1,12 +1,21 @@
 """`flash_attention`: attention within prompts that lie one behind another."""
 
+from typing import Any
+
 from jax import Array
 from jaxtyping import Float, Int
 
 from qwen2_kernels.dispatch import select
 from qwen2_kernels.flash_attention.reference import flash_attention_reference
 
-IMPLEMENTATIONS = {"reference": flash_attention_reference}
+
+def _mosaic(*arrays: Any, **options: Any) -> Array:
+    from qwen2_kernels.flash_attention.mosaic import flash_attention_mosaic
+
+    return flash_attention_mosaic(*arrays, **options)
+
+
+IMPLEMENTATIONS = {"reference": flash_attention_reference, "mosaic": _mosaic}
 
 
 def flash_attention(
@@ -32,6 +41,7 @@ def flash_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown implementation.
+        NotImplementedError: `"mosaic"` (Hopper, bfloat16 or float16) where it cannot do what is asked.
     """
     if q.shape[:2] + q.shape[3:] != k.shape or k.shape != v.shape:
         raise ValueError(f"flash_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")

@@ -28,8 +28,6 @@ class Config:
     """Tiles in flight through shared memory; 1 in the multiply-reduce kernel means straight to registers."""
     fuse_norm: bool = True
     """Normalise inside the kernel instead of in an XLA fusion before it."""
-    programs: int = 0
-    """Programs of the multiply-reduce kernel, each of which walks over several tiles; 0 is a program for each tile."""
     bypass_l1: bool = False
     """Keep the kernel's tiles out of the first-level cache, where the token is; for the multiply-reduce kernel."""
     prefetch_bytes: int = 0
@@ -40,14 +38,14 @@ class Config:
         wrong = {name: getattr(self, name) for name in powers if getattr(self, name).bit_count() != 1}
         if wrong:
             raise ValueError(f"linear: powers of two are needed, not {wrong}")
-        least = {"split_k": 1, "num_stages": 1, "programs": 0, "prefetch_bytes": 0}
+        least = {"split_k": 1, "num_stages": 1, "prefetch_bytes": 0}
         low = {name: getattr(self, name) for name, least in least.items() if getattr(self, name) < least}
         if low:
             raise ValueError(f"linear: out of range: {low}")
         if self.block_t == 1 and (self.split_k, self.slices_k) != (1, 1):
             raise ValueError("linear: split_k and slices_k belong to the dot kernel, with block_t > 1")
-        if self.block_t > 1 and (self.programs, self.bypass_l1) != (0, False):
-            raise ValueError("linear: programs and bypass_l1 belong to the multiply-reduce kernel, with block_t = 1")
+        if self.block_t > 1 and self.bypass_l1:
+            raise ValueError("linear: bypass_l1 belongs to the multiply-reduce kernel, with block_t = 1")
 
 
 def default_config(tokens: int, out_features: int, in_features: int, *, gated: bool) -> Config:

@@ -13,7 +13,6 @@ from qwen2_kernels.linear.activations import ACTIVATIONS
 from qwen2_kernels.linear.config import Config, default_config, tuning_key
 from qwen2_kernels.linear.triton_dot import dot_kernel
 from qwen2_kernels.linear.triton_gemv import gemv_kernel
-from qwen2_kernels.linear.triton_gemv_loop import gemv_loop_kernel
 from qwen2_kernels.linear.xla import add_epilogue
 from qwen2_kernels.rms_norm.xla import rms_norm_xla
 from qwen2_kernels.tuning import tuned
@@ -52,10 +51,7 @@ def linear_triton(
     if norm_weight is not None and (config.split_k > 1 or not config.fuse_norm):
         x, norm_weight = rms_norm_xla(x, norm_weight, None, eps=eps)[0], None
     tiles_n = -(-features // config.block_n)
-    if config.block_t > 1:
-        grid = (-(-tokens // config.block_t), tiles_n, config.split_k)
-    else:
-        grid = (min(config.programs or tiles_n, tiles_n),)
+    grid = (-(-tokens // config.block_t), tiles_n, config.split_k) if config.block_t > 1 else (tiles_n,)
     options = {
         "N": features,
         "K": x.shape[1],
@@ -75,10 +71,7 @@ def linear_triton(
     run = functools.partial(triton_call, *operands, grid=grid, **options)
     if config.block_t == 1:
         run = functools.partial(run, STAGES=config.num_stages, BYPASS_L1=config.bypass_l1)
-        out = jax.ShapeDtypeStruct((1, features), out_dtype)
-        if config.programs:
-            return run(kernel=gemv_loop_kernel, out_type=out, PROGRAMS=grid[0])
-        return run(kernel=gemv_kernel, out_type=out)
+        return run(kernel=gemv_kernel, out_type=jax.ShapeDtypeStruct((1, features), out_dtype))
     tiles = {"BLOCK_T": config.block_t, "SLICES": config.slices_k, "SPLIT_K": config.split_k}
     run = functools.partial(run, kernel=dot_kernel, T=tokens, **tiles)
     if config.split_k == 1:
