@@ -6,8 +6,9 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 
 from qwen2_kernels.flash_attention.api import flash_attention
 from qwen2_kernels.linear.api import linear
+from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.write_kv.api import write_kv
 
-__all__ = ["flash_attention", "linear", "paged_attention", "rms_norm", "write_kv"]
+__all__ = ["flash_attention", "linear", "norm_linear", "paged_attention", "rms_norm", "write_kv"]

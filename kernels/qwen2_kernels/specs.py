@@ -30,6 +30,18 @@ class Geometry:
         embeddings = (2 - self.tie_word_embeddings) * self.vocab_size * self.hidden_size
         return self.num_hidden_layers * (attention + mlp + 2 * self.hidden_size) + embeddings + self.hidden_size
 
+    @property
+    def projections(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the kernels that `linear` multiplies with, [out, in], gate and up stacked; the head is last."""
+        heads, hidden = self.num_attention_heads * self.head_dim, self.hidden_size
+        return {
+            "qkv": (heads + 2 * self.num_key_value_heads * self.head_dim, hidden),
+            "o": (hidden, heads),
+            "gate_up": (2, self.intermediate_size, hidden),
+            "down": (hidden, self.intermediate_size),
+            "lm_head": (self.vocab_size, hidden),
+        }
+
 
 def _qwen2_5(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int, *, tied: bool
@@ -187,13 +199,21 @@ RAGGED_SPECS = (
 """Every kind of step at small sizes: decodes, prompts, chunks and mixtures, around the edges of chunks and tiles."""
 
 
+DECODE_TOKENS: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
+"""Tokens of the decode steps whose projections and norms are timed."""
+
+PREFILL_TOKENS: tuple[int, ...] = (2048, 8192)
+"""Tokens of the steps with prefills whose projections and norms are timed."""
+
 DECODE_BENCHES: tuple[tuple[int, int], ...] = ((1, 4096), (8, 1024), (32, 600), (32, 2048), (128, 1024), (256, 640))
 """Decode steps to time: rows, and the context of each."""
 
 PREFILL_BENCHES: dict[str, tuple[Row, ...]] = {
     "1 x 8192": _prompts(8192),
+    "16 x 2048": _prompts(*[2048] * 16),
     "4 x 2048": _prompts(*[2048] * 4),
     "16 x 512": _prompts(*[512] * 16),
+    "4 x 256": _prompts(*[256] * 4),
     "2048 after 6144": ((2048, 8192),),
     "128 decodes, 1 x 2048": (*_decodes(*[640] * 128), *_prompts(2048)),
 }

@@ -194,6 +194,11 @@ class ResolvedConfig:
         return tuple(sorted({1, *_buckets(smallest, self.max_num_seqs, self.bucket_growth)}))
 
     @property
+    def sample_buckets(self) -> tuple[int, ...]:
+        """R of the programs that sample behind a prefill: every other decode bucket, for sampling costs little."""
+        return self.decode_buckets[::-1][::2][::-1]
+
+    @property
     def prefill_buckets(self) -> tuple[int, ...]:
         """T of the prefill programs; R of each is `prefill_rows(T)`."""
         return _buckets(min(32, self.max_num_batched_tokens), self.max_num_batched_tokens, self.bucket_growth)

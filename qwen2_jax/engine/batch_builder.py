@@ -10,23 +10,22 @@ from qwen2_jax.config import ResolvedConfig
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_inputs import (
+    NOWHERE,
     SAMPLING_FLOATS,
     SAMPLING_INTS,
-    Layout,
     allocate,
     decode_layout,
     prefill_layout,
+    sample_layout,
 )
 
-NOWHERE = 2**30
-"""A position past every row's end: what is written there is dropped."""
-
 PER_TOKEN = ("input_ids", "position_ids", "token_rows", "slot_mapping")
-_PER_CALL = ("row_indices", "sample_positions", "output_indices")
+_CHANGE_LOGITS = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
+_PER_CALL = ("row_indices", "sample_positions", "last_positions", "output_indices")
 
 
 class BatchBuilder:
-    """Builds the inputs of decode calls and prefill steps."""
+    """Builds the inputs of decode calls, prefill steps and the sampling behind these."""
 
     def __init__(self, config: ResolvedConfig) -> None:
         self._config = config
@@ -67,32 +66,66 @@ class BatchBuilder:
         """Say whether the sampler adds row `row` of the state's logit bias."""
         self._sampling["has_logit_bias"][row] = present
 
-    def decode(self, output: SchedulerOutput) -> tuple[int, np.ndarray, bool]:
-        """Return the bucket, R, the packed inputs of a call of decode rows, and whether every row is plainly greedy."""
+    def is_greedy(self, output: SchedulerOutput) -> bool:
+        """Return whether each row wants its likeliest token by its raw logits, and no log-probabilities."""
+        of = {name: values[_row_indices(output)] for name, values in self._sampling.items()}
+        unchanged = not any(of[name].any() for name in _CHANGE_LOGITS) and (of["repetition_penalty"] == 1).all()
+        return bool(unchanged and (of["num_logprobs"] < 0).all())
+
+    def decode(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
+        """Return the bucket, R, and the packed inputs of a call of decode rows."""
         bucket = _bucket(self._config.decode_buckets, len(output.rows))
-        packed, views = self._allocate(decode_layout(bucket, self._config.blocks_per_sequence), output.rows)
-        views["position_ids"][:] = -1
+        packed, views = allocate(decode_layout(bucket, self._config.blocks_per_sequence))
+        views["num_steps"][0] = output.num_steps
+        self._fill_tables(views, output)
+        self._fill_sampling(views, output)
         for index, row in enumerate(output.rows):
             views["position_ids"][index] = row.start
             views["input_ids"][index] = _known_token(row.request, row.start)
-        return bucket, packed, _all_greedy(views)
+        return bucket, packed
 
     def prefill(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
         """Return the bucket, T, and the packed inputs of a step with prefills."""
         bucket = _bucket(self._config.prefill_buckets, sum(row.num_tokens for row in output.rows))
         rows = self._config.prefill_rows(bucket)
-        packed, views = self._allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence), output.rows)
+        packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence))
         views["slot_mapping"][:] = -1
         views["token_rows"][:] = self._config.max_num_seqs
+        self._fill_tables(views, output)
         start = 0
         for index, row in enumerate(output.rows):
             end = start + row.num_tokens
             self._fill_tokens({name: views[name][start:end] for name in PER_TOKEN}, row)
             views["context_lens"][index] = row.start + row.num_tokens
-            views["lm_head_indices"][index] = end - 1
             views["query_start_loc"][index + 1 :] = end
             start = end
         return bucket, packed
+
+    def sample(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
+        """Return the bucket, R, and the packed inputs of sampling behind a step with prefills."""
+        bucket = _bucket(self._config.sample_buckets, len(output.rows))
+        packed, views = allocate(sample_layout(bucket))
+        self._fill_sampling(views, output)
+        views["lm_head_indices"][: len(output.rows)] = np.cumsum([row.num_tokens for row in output.rows]) - 1
+        return bucket, packed
+
+    def prompt_logprobs(self, output: SchedulerOutput, size: int) -> list[np.ndarray]:
+        """Return packed inputs for each chunk of `size` of the step's tokens, as far as rows ask for a report.
+
+        Each is the chunk's first token on T and, for each of its tokens, the prompt token that follows (0: none).
+        """
+        ends = np.cumsum([row.num_tokens for row in output.rows])
+        end = max((int(end) for row, end in zip(output.rows, ends, strict=True) if _wants_report(row)), default=0)
+        targets = np.zeros(-(-end // size) * size, np.int32)
+        for row, stop in zip(output.rows, ends, strict=True):
+            start = stop - row.num_tokens
+            if start < end:
+                following = row.request.prompt_token_ids[row.start + 1 : row.start + 1 + row.num_tokens]
+                following = following[: len(targets) - start]
+                targets[start : start + len(following)] = following
+        return [
+            np.concatenate([[start], targets[start : start + size]]).astype(np.int32) for start in range(0, end, size)
+        ]
 
     def _fill_tokens(self, part: dict[str, np.ndarray], row: ScheduledRow) -> None:
         request, stop = row.request, row.start + row.num_tokens
@@ -107,25 +140,28 @@ class BatchBuilder:
             self._tables[request.row_index][positions // block_size] * block_size + positions % block_size
         )
 
-    def _allocate(self, layout: Layout, rows: tuple[ScheduledRow, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the packed vector and its views, with the tables and the sampling parameters filled in."""
-        packed, views = allocate(layout)
-        indices = views["row_indices"]
-        indices[:] = self._config.max_num_seqs
+    def _fill_tables(self, views: dict[str, np.ndarray], output: SchedulerOutput) -> None:
+        """Bring the tables up to date and gather those of the call's rows; padding has a spare row's."""
+        for row in output.rows:
+            assert row.request.row_index is not None
+            self._extend_table(row.request, row.request.row_index)
+        views["row_indices"][:] = self._config.max_num_seqs
+        views["row_indices"][: len(output.rows)] = _row_indices(output)
+        views["block_tables"][:] = self._tables[views["row_indices"]]
+
+    def _fill_sampling(self, views: dict[str, np.ndarray], output: SchedulerOutput) -> None:
+        views["row_indices"][:] = self._config.max_num_seqs
+        views["row_indices"][: len(output.rows)] = _row_indices(output)
         views["sample_positions"][:] = NOWHERE
-        for index, row in enumerate(rows):
-            request = row.request
-            assert request.row_index is not None
-            indices[index] = request.row_index
-            self._extend_table(request, request.row_index)
+        views["last_positions"][:] = -1
+        for index, row in enumerate(output.rows):
             if row.samples:
                 position = row.start + row.num_tokens
                 views["sample_positions"][index] = position
-                views["output_indices"][index] = position - request.num_prompt_tokens
-        views["block_tables"][:] = self._tables[indices]
+                views["last_positions"][index] = position + row.num_steps - 1
+                views["output_indices"][index] = position - row.request.num_prompt_tokens
         for name, values in self._sampling.items():
-            views[name][:] = values[indices]
-        return packed, views
+            views[name][:] = values[views["row_indices"]]
 
     def _extend_table(self, request: Request, row: int) -> None:
         """Add the blocks that the request has got since the last call. Those it has given back are never read again."""
@@ -135,11 +171,14 @@ class BatchBuilder:
             self._table_lens[row] = len(blocks)
 
 
-def _all_greedy(views: dict[str, np.ndarray]) -> bool:
-    """Return whether each row wants its likeliest token by its raw logits, and no log-probabilities."""
-    sums = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
-    wants_nothing = not any(views[name].any() for name in sums) and (views["num_logprobs"] < 0).all()
-    return bool(wants_nothing and (views["repetition_penalty"] == 1).all())
+def _wants_report(row: ScheduledRow) -> bool:
+    """Return whether the row has prompt tokens whose log-probabilities are asked for."""
+    params = row.request.sampling_params
+    return params is not None and params.prompt_logprobs is not None and row.start < row.request.num_prompt_tokens - 1
+
+
+def _row_indices(output: SchedulerOutput) -> np.ndarray:
+    return np.asarray([row.request.row_index for row in output.rows], np.int32)
 
 
 def _known_token(request: Request, position: int) -> int:

@@ -44,8 +44,10 @@ def build_engine(
     logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
     limits = _scheduler_config(model, config)
     runner = ModelRunner(loaded, config, blocks_needed=_blocks_needed(limits), cache_directory=cache_directory)
-    scheduler = Scheduler(limits, runner.num_blocks)
+    scheduler, num_blocks = Scheduler(limits, runner.num_blocks), runner.num_blocks
     runner.compile(use_tqdm=load.use_tqdm_on_load)  # last, because it takes longest and nothing can be refused after it
+    if runner.num_blocks != num_blocks:
+        scheduler = Scheduler(limits, runner.num_blocks)
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
     return Engine(runner, scheduler, inputs, tokenizer), model, config
 

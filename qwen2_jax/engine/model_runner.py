@@ -4,6 +4,7 @@
 launches, and each finds the tokens of the one before in the per-request state, so that the host need not know them.
 """
 
+import itertools
 import logging
 from functools import partial
 from pathlib import Path
@@ -17,21 +18,21 @@ from jax.sharding import NamedSharding
 from qwen2_jax.cache.kv_cache import PoolLayout, count_blocks
 from qwen2_jax.config import ResolvedConfig
 from qwen2_jax.engine.batch_builder import BatchBuilder
-from qwen2_jax.engine.compilation import CompilationCounter, ProgramSpec, compile_program, compile_programs
+from qwen2_jax.engine.compilation import CompilationCounter, ProgramSpec, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.model_loader import LoadedModel
 from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
-from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout
+from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout, sample_layout
 from qwen2_jax.engine.step_results import Launched
+from qwen2_jax.engine.workspace import largest_workspace, reported_workspace
 from qwen2_jax.models.qwen2 import KVCache
-from qwen2_jax.parallel import pad_to_multiple, replicated
+from qwen2_jax.parallel import replicated
 
 logger = logging.getLogger(__name__)
 
 ProgramKey = tuple[str, int]
-_PROBE_BLOCKS = 16
 ROW_STATE = ("token_ids", "logit_bias", "logprob_token_ids")
 """The arrays of the state whose rows are set from the host."""
 
@@ -53,7 +54,6 @@ class ModelRunner:
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
         self._builder = BatchBuilder(config)
-        self._step_numbers = [self._to_device(np.int32(step)) for step in range(config.max_decode_steps)]
         self._programs = Programs(
             graphdef=model.graphdef,
             vocab_size=model.config.vocab_size,
@@ -71,16 +71,26 @@ class ModelRunner:
         initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
         self._state = jax.jit(initial, out_shardings=self._replicated)()
         self._pools = PoolLayout.of(model.config, config.block_size, model.dtype, model.mesh.shape["tp"])
-        self.num_blocks = self._count_blocks(blocks_needed)
+        self._blocks_needed = blocks_needed
+        self._workspace = largest_workspace(model.config, config, model.dtype, model.mesh.shape["tp"])
+        self.num_blocks = self._count_blocks()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._kv_cache: KVCache = ()
         self._counter = CompilationCounter()
 
     def compile(self, *, use_tqdm: bool = True) -> None:
         """Compile every program and allocate the cache."""
-        cache = self._executable_cache(self.num_blocks)
-        self._compiled = compile_programs(self._specs(), self._model.mesh, cache, use_tqdm=use_tqdm)
+        self._compile(use_tqdm)
+        workspace = max(reported_workspace(program) for program in self._compiled.values())
+        if workspace > self._workspace and jax.default_backend() != "cpu":
+            logger.warning("a step takes %d bytes where %d were expected; compiling again", workspace, self._workspace)
+            self._workspace = workspace
+            self.num_blocks = self._count_blocks()
+            self._compile(use_tqdm)
         self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
+
+    def _compile(self, use_tqdm: bool) -> None:
+        self._compiled = compile_programs(self._specs(), self._model.mesh, self._executable_cache(), use_tqdm=use_tqdm)
 
     @property
     def num_compilations(self) -> int:
@@ -108,35 +118,24 @@ class ModelRunner:
             array.delete()
 
     def _generate(self, output: SchedulerOutput) -> Launched:
+        greedy = self._builder.is_greedy(output)
         if output.is_decode:
-            return Launched(output, self._decode(output))
+            bucket, packed = self._builder.decode(output)
+            # The greedy program always runs all steps; the other one as many as it is told.
+            whole = greedy and output.num_steps == self._config.max_decode_steps
+            name = "decode_greedy" if whole and ("decode_greedy", bucket) in self._compiled else "decode"
+            self._kv_cache, self._state, samples = self._run(name, bucket, self._kv_cache, self._state, packed)
+            return Launched(output, samples)
         bucket, packed = self._builder.prefill(output)
-        self._kv_cache, self._state, outputs = self._run("prefill", bucket, self._kv_cache, self._state, packed)
-        return Launched(output, [outputs], prompt_logprobs=self._prompt_logprobs(output))
-
-    def _decode(self, output: SchedulerOutput) -> list[Any]:
-        """Launch the call's steps one behind another; each one's samples."""
-        bucket, packed, greedy = self._builder.decode(output)
-        name = "decode_greedy" if greedy and ("decode_greedy", bucket) in self._compiled else "decode"
-        inputs, samples = self._to_device(packed), []
-        for step in self._step_numbers[: output.num_steps]:
-            self._kv_cache, self._state, outputs = self._run(name, bucket, self._kv_cache, self._state, inputs, step)
-            samples.append(outputs)
-        return samples
-
-    def _prompt_logprobs(self, output: SchedulerOutput) -> list[Any]:
-        """Report on the tokens of the step, as many chunks of them as hold rows that ask for it."""
-        ends = np.cumsum([row.num_tokens for row in output.rows])
-        end = max(
-            (int(end) for row, end in zip(output.rows, ends, strict=True) if _wants_prompt_logprobs(row)), default=0
-        )
-        targets = _next_prompt_tokens(output, pad_to_multiple(end, PROMPT_LOGPROBS_CHUNK))
-        return [
-            self._run("prompt_logprobs", 0, self._state, np.concatenate([[start], chunk]).astype(np.int32))
-            for start, chunk in zip(
-                range(0, end, PROMPT_LOGPROBS_CHUNK), targets.reshape(-1, PROMPT_LOGPROBS_CHUNK), strict=True
-            )
-        ]
+        self._kv_cache, self._state = self._run("prefill", bucket, self._kv_cache, self._state, packed)
+        samples = None
+        if any(row.samples for row in output.rows):
+            bucket, packed = self._builder.sample(output)
+            name = "sample_greedy" if greedy else "sample"
+            self._state, samples = self._run(name, bucket, self._state, packed)
+        chunks = self._builder.prompt_logprobs(output, PROMPT_LOGPROBS_CHUNK)
+        reports = [self._run("prompt_logprobs", 0, self._state, chunk) for chunk in chunks]
+        return Launched(output, samples, prompt_logprobs=reports)
 
     def _embed(self, output: SchedulerOutput) -> Launched:
         bucket, packed = self._builder.prefill(output)
@@ -148,7 +147,7 @@ class ModelRunner:
         placed = [self._to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
         return self._compiled[name, bucket](self._model.params, *placed)
 
-    def _to_device(self, array: np.ndarray | np.int32) -> jax.Array:
+    def _to_device(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._replicated)
 
     def _admit(self, request: Request) -> None:
@@ -181,51 +180,35 @@ class ModelRunner:
         packed[1 : 1 + len(values)] = values.view(np.int32)
         self._state = self._compiled[f"set_{name}", 0](self._state, self._to_device(packed))
 
-    def _count_blocks(self, blocks_needed: int) -> int:
-        """Size the cache by what the step with the largest workspace leaves, which XLA tells once it is compiled."""
-        config = self._config
+    def _count_blocks(self) -> int:
+        """Size the cache by what the step with the largest workspace leaves."""
         return count_blocks(
             self._pools,
-            config.cache,
-            workspace_bytes=0 if jax.default_backend() == "cpu" else self._workspace_bytes(),
-            blocks_needed=blocks_needed,
-            blocks_useful=config.max_num_seqs * config.blocks_per_sequence,
+            self._config.cache,
+            workspace_bytes=0 if jax.default_backend() == "cpu" else self._workspace,
+            blocks_needed=self._blocks_needed,
+            blocks_useful=self._config.max_num_seqs * self._config.blocks_per_sequence,
         )
 
-    def _workspace_bytes(self) -> int:
-        """Return what the largest step takes besides its arguments; the number of cache blocks does not change it."""
-        cache = self._executable_cache(_PROBE_BLOCKS)
-        known = None if cache is None else cache.read("workspace")
-        if known is not None:
-            return int(known)
-        key = ("embed" if self._is_embedding else "prefill", self._config.prefill_buckets[-1])
-        memory = compile_program(self._specs(_PROBE_BLOCKS)[key], self._model.mesh).memory_analysis()
-        assert memory is not None
-        workspace = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        workspace += memory.generated_code_size_in_bytes
-        if cache is not None:
-            cache.write("workspace", str(workspace).encode())
-        return workspace
-
-    def _executable_cache(self, num_blocks: int) -> ExecutableCache | None:
+    def _executable_cache(self) -> ExecutableCache | None:
         if self._cache_directory is None:
             return None
-        facts = (self._model.config, self._model.dtype, self._config, num_blocks)
+        facts = (self._model.config, self._model.dtype, self._config, self.num_blocks)
         return ExecutableCache(self._cache_directory / "programs", self._model.mesh, *facts)
 
-    def _specs(self, num_blocks: int | None = None) -> dict[ProgramKey, ProgramSpec]:
-        """Return every program with its abstract arguments, for a cache of `num_blocks`."""
+    def _specs(self) -> dict[ProgramKey, ProgramSpec]:
+        """Return every program with its abstract arguments."""
         config, programs, mesh = self._config, self._programs, self._model.mesh
-        kv_cache = self._pools.abstract(mesh, num_blocks or self.num_blocks)
+        kv_cache = self._pools.abstract(mesh, self.num_blocks)
         state = jax.tree.map(_spec, self._state)
         caches = jax.tree.map(lambda leaf: leaf.sharding, (kv_cache, state))
 
-        def step(function: Any, layout: Any, *more: jax.Array) -> ProgramSpec:
+        def step(function: Any, layout: Any, *results: Any) -> ProgramSpec:
             return ProgramSpec(
                 function=function,
-                arguments=(self._params_spec, kv_cache, state, self._vector(packed_size(layout)), *map(_spec, more)),
+                arguments=(self._params_spec, kv_cache, state, self._vector(packed_size(layout))),
                 donated=(1, 2),
-                out_shardings=(*caches, self._replicated),
+                out_shardings=(*caches, *results),
                 matmul_precision=self._matmul_precision,
             )
 
@@ -233,18 +216,25 @@ class ModelRunner:
         width = config.blocks_per_sequence
         for tokens in reversed(config.prefill_buckets):
             rows = config.prefill_rows(tokens)
-            name, function = ("embed", programs.embed) if self._is_embedding else ("prefill", programs.prefill)
-            specs[name, tokens] = step(partial(function, tokens=tokens, rows=rows), prefill_layout(tokens, rows, width))
+            layout = prefill_layout(tokens, rows, width)
+            if self._is_embedding:
+                function = partial(programs.embed, tokens=tokens, rows=rows)
+                specs["embed", tokens] = step(function, layout, self._replicated)
+            else:
+                specs["prefill", tokens] = step(partial(programs.prefill, tokens=tokens, rows=rows), layout)
         if self._is_embedding:
             return specs
+        steps = config.max_decode_steps
         for rows in reversed(config.decode_buckets):
-            for name in ("decode", "decode_greedy")[: 1 + (jax.default_backend() != "cpu")]:
-                function = partial(programs.decode, rows=rows, greedy=name == "decode_greedy")
-                specs[name, rows] = step(function, decode_layout(rows, width), self._step_numbers[0])
+            layout = decode_layout(rows, width)
+            specs["decode", rows] = step(partial(programs.decode, rows=rows, steps=steps), layout, self._replicated)
+            if steps > 1:
+                function = partial(programs.decode_greedy, rows=rows, steps=steps)
+                specs["decode_greedy", rows] = step(function, layout, self._replicated)
         return specs | self._small_specs(state)
 
     def _small_specs(self, state: dict[str, Any]) -> dict[ProgramKey, ProgramSpec]:
-        """The programs that are not steps: prompt log-probabilities, and setting a row of state."""
+        """The programs without layers: sampling, prompt log-probabilities, and setting a row of state."""
         programs = self._programs
         specs: dict[ProgramKey, ProgramSpec] = {
             ("prompt_logprobs", 0): ProgramSpec(
@@ -254,6 +244,14 @@ class ModelRunner:
                 matmul_precision=self._matmul_precision,
             )
         }
+        for rows, greedy in itertools.product(self._config.sample_buckets, (False, True)):
+            specs["sample_greedy" if greedy else "sample", rows] = ProgramSpec(
+                function=partial(programs.sample, rows=rows, greedy=greedy),
+                arguments=(self._params_spec, state, self._vector(packed_size(sample_layout(rows)))),
+                donated=(1,),
+                out_shardings=self._replicated,
+                matmul_precision=self._matmul_precision,
+            )
         for name in ROW_STATE:
             specs[f"set_{name}", 0] = ProgramSpec(
                 function=partial(programs.set_row, name=name),
@@ -270,22 +268,3 @@ class ModelRunner:
 def _spec(array: jax.Array) -> jax.ShapeDtypeStruct:
     assert isinstance(array.sharding, NamedSharding)
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-
-def _wants_prompt_logprobs(row: ScheduledRow) -> bool:
-    request = row.request
-    params = request.sampling_params
-    return params is not None and params.prompt_logprobs is not None and row.start < request.num_prompt_tokens - 1
-
-
-def _next_prompt_tokens(output: SchedulerOutput, size: int) -> np.ndarray:
-    """Return, for each of the step's first `size` tokens, the prompt token that follows it (0 where none does)."""
-    targets = np.zeros(size, np.int32)
-    start = 0
-    for row in output.rows:
-        if start >= size:
-            break
-        following = row.request.prompt_token_ids[row.start + 1 : row.start + 1 + row.num_tokens][: size - start]
-        targets[start : start + len(following)] = following
-        start += row.num_tokens
-    return targets

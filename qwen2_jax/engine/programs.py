@@ -1,7 +1,7 @@
 """The functions that become device programs: decode steps, prefill steps, and what goes with them.
 
 Each is pure: parameters, caches and per-request state in, caches and state (donated) and results out. `Programs` closes
-over what is static; everything that changes from step to step arrives in one packed vector.
+over what is static; everything that changes from call to call arrives in one packed vector.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.engine.sampler import likeliest, logprobs_of, sample
-from qwen2_jax.engine.step_inputs import decode_layout, prefill_layout, unpack
+from qwen2_jax.engine.sampler import empty_samples, likeliest, logprobs_of, sample
+from qwen2_jax.engine.step_inputs import NOWHERE, decode_layout, prefill_layout, sample_layout, unpack
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
 from qwen2_jax.parallel import pad_to_multiple
@@ -63,54 +63,68 @@ class Programs:
         """Return the per-request state of an embeddings model: sums of hidden states, float32 [S, D]."""
         return {"pooled": jnp.zeros((self.max_num_seqs + 1, self.hidden_size), jnp.float32)}
 
-    def decode(
-        self,
-        params: Params,
-        kv_cache: KVCache,
-        state: State,
-        packed: Int[Array, " W"],
-        step: Int[Array, ""],
-        *,
-        rows: int,
-        greedy: bool,
+    def decode_greedy(
+        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, rows: int, steps: int
     ) -> tuple[KVCache, State, Outputs]:
-        """Run step number `step` of a call of R rows, each one token further than the step before.
+        """Run `steps` steps of R rows that each take their likeliest token; `token_ids` [steps, R] come back.
 
-        A call is so many launches of one program on the same inputs: what changes is in the per-request state. With
-        `greedy` every row takes its likeliest token and `token_ids` are all that comes back; no conditional then breaks
-        the step's CUDA graph.
+        The number of steps is fixed and nothing is conditional: each step is one CUDA graph, and the host waits for
+        none of them.
         """
         inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
-        is_row = inputs["position_ids"] >= 0
-        positions = jnp.where(is_row, inputs["position_ids"] + step, 0)
-        sampled_before = state["token_ids"][inputs["row_indices"], positions]
-        input_ids = jnp.where((step == 0) & (inputs["input_ids"] >= 0), inputs["input_ids"], sampled_before)
-        block = jnp.take_along_axis(inputs["block_tables"], positions[:, None] // self.block_size, axis=1)[:, 0]
-        batch = StepBatch(
-            input_ids=input_ids,
-            position_ids=positions,
-            block_tables=inputs["block_tables"],
-            slot_mapping=jnp.where(is_row, block * self.block_size + positions % self.block_size, -1),
-            context_lens=jnp.where(is_row, positions + 1, 0),
-        )
-        (logits, _), kv_cache = model(batch, kv_cache)
-        at_step = inputs | {name: inputs[name] + step for name in ("sample_positions", "output_indices")}
-        outputs = {"token_ids": likeliest(logits)} if greedy else sample(logits, at_step, state, self.max_logprobs)
-        return kv_cache, self._remember(state, at_step, outputs), outputs
+
+        def run_step(step: Array, carry: tuple[KVCache, State, Array]) -> tuple[KVCache, State, Array]:
+            kv_cache, state, token_ids = carry
+            (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache)
+            sampled = likeliest(logits)
+            return kv_cache, self._remember(state, at_step(inputs, step), sampled), token_ids.at[step].set(sampled)
+
+        carry = (kv_cache, state, jnp.zeros((steps, rows), jnp.int32))
+        kv_cache, state, token_ids = jax.lax.fori_loop(0, steps, run_step, carry)
+        return kv_cache, state, {"token_ids": token_ids}
+
+    def decode(
+        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, rows: int, steps: int
+    ) -> tuple[KVCache, State, Outputs]:
+        """Run `num_steps` of at most `steps` steps of R rows, sampled as each row asks; outputs are [steps, R, ...]."""
+        inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence))
+        model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
+
+        def run_step(step: Array, carry: tuple[KVCache, State, Outputs]) -> tuple[KVCache, State, Outputs]:
+            kv_cache, state, outputs = carry
+            (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache)
+            now = at_step(inputs, step)
+            sampled = sample(logits, now, state, self.max_logprobs)
+            state = self._remember(state, now, sampled["token_ids"])
+            return kv_cache, state, {name: outputs[name].at[step].set(value) for name, value in sampled.items()}
+
+        empty = empty_samples(rows, self.max_logprobs, state["logprob_token_ids"].shape[1])
+        outputs = {name: jnp.zeros((steps, *value.shape), value.dtype) for name, value in empty.items()}
+        return jax.lax.fori_loop(0, inputs["num_steps"][0], run_step, (kv_cache, state, outputs))
 
     def prefill(
         self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
-    ) -> tuple[KVCache, State, Outputs]:
-        """Run one step of T tokens in R rows."""
+    ) -> tuple[KVCache, State]:
+        """Run one step of T tokens in R rows; the final hidden states go to the state, for `sample`."""
         inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
         (hidden, _), kv_cache = model(self._prefill_batch(inputs, state), kv_cache, skip_lm_head=True)
-        logits = model.compute_logits(hidden[inputs["lm_head_indices"]])
-        outputs = sample(logits, inputs, state, self.max_logprobs)
-        state = self._remember(state, inputs, outputs)
-        state |= {"hidden": jax.lax.dynamic_update_slice(state["hidden"], hidden, (0, 0))}
-        return kv_cache, state, outputs
+        return kv_cache, state | {"hidden": jax.lax.dynamic_update_slice(state["hidden"], hidden, (0, 0))}
+
+    def sample(
+        self, params: Params, state: State, packed: Int[Array, " W"], *, rows: int, greedy: bool
+    ) -> tuple[State, Outputs]:
+        """Sample from the last prefill step's hidden states for R rows; outputs are [1, R, ...].
+
+        With `greedy` every row takes its likeliest token, and `token_ids` are all that comes back.
+        """
+        inputs = unpack(packed, sample_layout(rows))
+        model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
+        logits = model.compute_logits(state["hidden"][inputs["lm_head_indices"]])
+        outputs = {"token_ids": likeliest(logits)} if greedy else sample(logits, inputs, state, self.max_logprobs)
+        state = self._remember(state, inputs, outputs["token_ids"])
+        return state, {name: value[None] for name, value in outputs.items()}
 
     def embed(
         self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
@@ -142,6 +156,21 @@ class Programs:
             row = jax.lax.bitcast_convert_type(row, jnp.float32)
         return state | {name: jax.lax.dynamic_update_slice(array, row[None], (packed[0], 0))}
 
+    def _decode_batch(self, inputs: dict[str, Array], state: State, step: Array) -> StepBatch:
+        """The step `step` steps behind the one that `inputs` describe; rows that have got all their tokens rest."""
+        positions = inputs["position_ids"] + step
+        is_active = positions < inputs["last_positions"]
+        positions = jnp.where(is_active, positions, 0)
+        sampled_before = state["token_ids"][inputs["row_indices"], positions]
+        block = jnp.take_along_axis(inputs["block_tables"], positions[:, None] // self.block_size, axis=1)[:, 0]
+        return StepBatch(
+            input_ids=jnp.where((step == 0) & (inputs["input_ids"] >= 0), inputs["input_ids"], sampled_before),
+            position_ids=positions,
+            block_tables=inputs["block_tables"],
+            slot_mapping=jnp.where(is_active, block * self.block_size + positions % self.block_size, -1),
+            context_lens=jnp.where(is_active, positions + 1, 0),
+        )
+
     def _prefill_batch(self, inputs: dict[str, Array], state: State | None) -> StepBatch:
         input_ids = inputs["input_ids"]
         if state is not None:
@@ -156,7 +185,14 @@ class Programs:
             query_start_loc=inputs["query_start_loc"],
         )
 
-    def _remember(self, state: State, rows: dict[str, Array], outputs: Outputs) -> State:
+    def _remember(self, state: State, rows: dict[str, Array], sampled: Int[Array, " R"]) -> State:
         """Write each sampled token behind its row's others; a row that does not sample has a position out of range."""
         token_ids = state["token_ids"].at[rows["row_indices"], rows["sample_positions"]]
-        return state | {"token_ids": token_ids.set(outputs["token_ids"], mode="drop")}
+        return state | {"token_ids": token_ids.set(sampled, mode="drop")}
+
+
+def at_step(inputs: dict[str, Array], step: Array) -> dict[str, Array]:
+    """Return the sampler's inputs `step` steps on; what a row samples behind its last position goes nowhere."""
+    positions = inputs["sample_positions"] + step
+    positions = jnp.where(positions <= inputs["last_positions"], positions, NOWHERE)
+    return inputs | {"sample_positions": positions, "output_indices": inputs["output_indices"] + step}

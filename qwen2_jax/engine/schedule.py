@@ -60,6 +60,8 @@ class ScheduledRow(NamedTuple):
     """The row ends at the last token there is, so that the next one is sampled."""
     num_preemptions: int
     """The request's count when scheduled: after a preemption, what this row computed is no longer there."""
+    num_steps: int = 1
+    """Steps of the call that the row takes part in; in the others it rests."""
 
     @property
     def is_decode(self) -> bool:
@@ -69,11 +71,11 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerOutput:
-    """One call: the decode rows first, each row's blocks allocated for all `num_steps` steps."""
+    """One call: the decode rows first, each row's blocks allocated for all its steps."""
 
     rows: tuple[ScheduledRow, ...]
     num_steps: int
-    """Steps in this call; more than one only if `is_decode`."""
+    """Steps in this call, the most that any row takes part in; more than one only if `is_decode`."""
     is_decode: bool
     """All rows are decode rows. One may be new: a prompt of one token, or one of which all but one are cached."""
     admitted: tuple[Request, ...]

@@ -109,12 +109,12 @@ class Scheduler:
     def update(self, output: SchedulerOutput, sampled: list[list[int]]) -> list[Request]:
         """Take in a call's results, in the order of the calls; return the requests that got tokens or finished.
 
-        `sampled[i]` holds row i's `num_steps` tokens, or nothing if the row does not sample. What lies behind a stop,
+        `sampled[i]` holds the tokens of row i's steps, or nothing if the row does not sample. What lies behind a stop,
         or belongs to a request that has finished meanwhile, is dropped.
         """
         changed = []
         for row, tokens in zip(output.rows, sampled, strict=True):
-            if len(tokens) != output.num_steps * row.samples:
+            if len(tokens) != row.num_steps * row.samples:
                 raise ValueError(f"request {row.request.request_id!r}: {len(tokens)} sampled tokens do not fit its row")
             if not row.request.is_finished and self._update_row(row, tokens):
                 changed.append(row.request)
@@ -218,23 +218,30 @@ class Scheduler:
         decodes = [row for row in plan.rows.values() if row.is_decode]
         rows = decodes + [row for row in plan.rows.values() if not row.is_decode]
         is_decode = len(decodes) == len(rows)
-        num_steps = self._take_steps(rows) if is_decode and not plan.single_step else 1
+        if is_decode and not plan.single_step:
+            rows = self._take_steps(rows)
         for row in rows:
-            row.request.num_computed_tokens += row.num_tokens + num_steps - 1
-            row.request.num_tokens_with_in_flight += num_steps * row.samples
+            row.request.num_computed_tokens += row.num_tokens + row.num_steps - 1
+            row.request.num_tokens_with_in_flight += row.num_steps * row.samples
+        num_steps = max(row.num_steps for row in rows)
         return SchedulerOutput(
             rows=tuple(rows), num_steps=num_steps, is_decode=is_decode, admitted=tuple(plan.admitted)
         )
 
-    def _take_steps(self, rows: list[ScheduledRow]) -> int:
-        """Choose how many steps a call of decode rows takes, and get the blocks for them."""
+    def _take_steps(self, rows: list[ScheduledRow]) -> list[ScheduledRow]:
+        """Give each decode row as many steps as it may take and get the blocks for them.
+
+        A row near its end does not hold the others up: it rests until the call is over.
+        """
         if self.config.max_decode_steps == 1 or any(request.synchronous for request in self._queues.running):
-            return 1
-        requests = [row.request for row in rows]
-        num_steps = min(self.config.max_decode_steps, *(_allowance(request) for request in requests))
-        while num_steps > 1 and not self.blocks.grow(requests, [row.start + num_steps for row in rows]):
-            num_steps //= 2
-        return num_steps
+            return rows
+        requests, limit = [row.request for row in rows], self.config.max_decode_steps
+        allowed = [_allowance(request) for request in requests]
+        while True:
+            steps = [min(limit, allowance) for allowance in allowed]
+            if limit == 1 or self.blocks.grow(requests, [row.start + n for row, n in zip(rows, steps, strict=True)]):
+                return [row._replace(num_steps=n) for row, n in zip(rows, steps, strict=True)]
+            limit //= 2
 
     def _update_row(self, row: ScheduledRow, tokens: list[int]) -> bool:
         """Apply one row's results and return whether its request changed for the outside."""

@@ -28,15 +28,13 @@ class Field:
 Layout = dict[str, Field]
 
 
-def sampling_layout(rows: int) -> Layout:
-    """What the sampler needs of each of R rows."""
-    ints = {name: Field((rows,)) for name in SAMPLING_INTS}
-    return ints | {name: Field((rows,), is_float=True) for name in SAMPLING_FLOATS}
-
+NOWHERE = 2**30
+"""A position past every row's end: what is written there is dropped."""
 
 SAMPLING_INTS = (
     "row_indices",  # the row of per-request state; max_num_seqs (a spare row) for padding
-    "sample_positions",  # where in its sequence the sampled token goes
+    "sample_positions",  # where in its sequence the sampled token goes; NOWHERE if the row does not sample
+    "last_positions",  # where the last token goes that the row samples in this call; -1 for padding
     "output_indices",  # how many tokens the request has sampled before this one
     "prompt_lens",
     "seeds_low",
@@ -55,11 +53,18 @@ SAMPLING_FLOATS = (
 )
 
 
+def sampling_layout(rows: int) -> Layout:
+    """What the sampler needs of each of R rows."""
+    ints = {name: Field((rows,)) for name in SAMPLING_INTS}
+    return ints | {name: Field((rows,), is_float=True) for name in SAMPLING_FLOATS}
+
+
 def decode_layout(rows: int, blocks: int) -> Layout:
     """A call of decode steps: R rows with tables of M blocks, as they are at the first step."""
     return {
+        "num_steps": Field((1,)),
         "input_ids": Field((rows,)),  # -1: the token is in the per-request state, sampled by the call before
-        "position_ids": Field((rows,)),  # -1: padding
+        "position_ids": Field((rows,)),
         "block_tables": Field((rows, blocks)),
         **sampling_layout(rows),
     }
@@ -74,10 +79,14 @@ def prefill_layout(tokens: int, rows: int, blocks: int) -> Layout:
         "slot_mapping": Field((tokens,)),
         "query_start_loc": Field((rows + 1,)),
         "context_lens": Field((rows,)),
-        "lm_head_indices": Field((rows,)),
+        "row_indices": Field((rows,)),  # the row of per-request state; max_num_seqs (a spare row) for padding
         "block_tables": Field((rows, blocks)),
-        **sampling_layout(rows),
     }
+
+
+def sample_layout(rows: int) -> Layout:
+    """Sampling for R rows of the prefill step before."""
+    return {"lm_head_indices": Field((rows,)), **sampling_layout(rows)}
 
 
 def packed_size(layout: Layout) -> int:

@@ -1,6 +1,6 @@
 """What a launched call gives: read once, from copies to the host that started with the launch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -25,12 +25,12 @@ class RowResult:
 
 
 class Launched:
-    """A call under way: its samples by step, its prompt log-probabilities by chunk of tokens."""
+    """A call under way: its samples, [steps, R, ...] each, and its prompt log-probabilities by chunk of tokens."""
 
     def __init__(
         self,
         output: SchedulerOutput,
-        samples: Sequence[Mapping[str, jax.Array]] = (),
+        samples: Mapping[str, jax.Array] | None = None,
         *,
         prompt_logprobs: Sequence[Mapping[str, jax.Array]] = (),
         embeddings: jax.Array | None = None,
@@ -38,7 +38,7 @@ class Launched:
         self.output = output
         wants = any(_num_logprobs(row) is not None for row in output.rows)
         names = ("token_ids", *(_LOGPROB_FIELDS if wants else ()))
-        self._samples = [{name: of_step[name] for name in names} for of_step in samples]
+        self._samples = {} if samples is None else {name: samples[name] for name in names}
         self._prompt_logprobs = prompt_logprobs
         self._embeddings = embeddings
         for array in jax.tree.leaves((self._samples, self._prompt_logprobs, self._embeddings)):
@@ -46,11 +46,12 @@ class Launched:
 
     def read(self) -> list[RowResult]:
         """Wait for the call and return its results, one per row."""
-        samples, prompt = _gather(self._samples, np.stack), _gather(self._prompt_logprobs, np.concatenate)
+        samples = {name: np.asarray(array) for name, array in self._samples.items()}
+        prompt = _gather(self._prompt_logprobs)
         embeddings = None if self._embeddings is None else np.asarray(self._embeddings)
         results, start = [], 0
         for index, row in enumerate(self.output.rows):
-            steps = self.output.num_steps if row.samples else 0
+            steps = row.num_steps if row.samples else 0
             results.append(
                 RowResult(
                     token_ids=samples["token_ids"][:steps, index].tolist() if steps else [],
@@ -63,12 +64,10 @@ class Launched:
         return results
 
 
-def _gather(
-    parts: Sequence[Mapping[str, jax.Array]], join: Callable[[list[np.ndarray]], np.ndarray]
-) -> dict[str, np.ndarray]:
+def _gather(parts: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
     """Return the arrays of all parts on the host, joined by name."""
     names = parts[0] if parts else ()
-    return {name: join([np.asarray(part[name]) for part in parts]) for name in names}
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in names}
 
 
 def _num_logprobs(row: ScheduledRow) -> int | None:

@@ -1,5 +1,7 @@
 """The pieces of a Qwen2 layer that hold weights. Each weight's sharding over `"tp"` stands beside its shape."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,6 +38,10 @@ class Qwen2RMSNorm(nnx.Module):
         """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each."""
         return ops.rms_norm(x, residual, self.weight[...], self.eps)
 
+    def before(self, x: Float[Array, "T D"], residual: Float[Array, "T D"] | None) -> ops.PendingNorm:
+        """Return the norm of `x + residual` for a projection to carry out."""
+        return ops.PendingNorm(x=x, residual=residual, weight=self.weight[...], eps=self.eps)
+
 
 class VocabEmbedding(nnx.Module):
     """Token embeddings with the vocabulary's rows split over the devices; also the LM head, tied or on its own."""
@@ -63,9 +69,9 @@ class QKVProj(nnx.Module):
         self.kernel = weight(rngs, (kv_heads, group + 2, head_dim, size), (TP, None, None, None), std, dtype)
         self.bias = param(jnp.zeros((kv_heads, group + 2, head_dim), dtype), (TP, None, None))
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T K G+2 H"]:
-        """Project; no communication."""
-        return ops.project_qkv(x, self.kernel[...], self.bias[...])
+    def __call__(self, norm: ops.PendingNorm, o_proj: OProj) -> tuple[Float[Array, "T K G+2 H"], Float[Array, "T D"]]:
+        """Project, without the bias, and return the residual; no communication. `o_proj` is what follows."""
+        return ops.project_qkv(norm, self.kernel[...], o_proj.kernel[...])
 
 
 class OProj(nnx.Module):
@@ -76,9 +82,9 @@ class OProj(nnx.Module):
     ) -> None:
         self.kernel = weight(rngs, (size, kv_heads, group, head_dim), (None, TP, None, None), std, dtype)
 
-    def __call__(self, x: Float[Array, "T K G H"]) -> Float[Array, "T D"]:
-        """Project; one all-reduce."""
-        return ops.project_rows(x, self.kernel[...])
+    def __call__(self, x: Float[Array, "T K G H"], gate_up_proj: GateUpProj) -> Float[Array, "T D"]:
+        """Project; one all-reduce. `gate_up_proj` is what follows."""
+        return ops.project_rows(x, self.kernel[...], gate_up_proj.kernel[...])
 
 
 class GateUpProj(nnx.Module):
@@ -91,9 +97,11 @@ class GateUpProj(nnx.Module):
         """Project; no communication."""
         return jnp.einsum("td,cfd->tcf", x, self.kernel[...])
 
-    def gated(self, x: Float[Array, "T D"], activation: str) -> Float[Array, "T F"]:
-        """Return `act(gate) * up`; no communication."""
-        return ops.project_gated(x, self.kernel[...], activation)
+    def gated(
+        self, norm: ops.PendingNorm, down_proj: DownProj, activation: str
+    ) -> tuple[Float[Array, "T F"], Float[Array, "T D"]]:
+        """Return `act(gate) * up` and the residual; no communication. `down_proj` is what follows."""
+        return ops.project_gated(norm, self.kernel[...], down_proj.kernel[...], activation)
 
     def features_first(self, x: Float[Array, "T D"]) -> Float[Array, "2 F T"]:
         """Project with the kernel as the left operand."""

@@ -4,6 +4,7 @@ A kernel that XLA cannot look into has no sharding rule; inside the island it se
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +23,23 @@ KVPair = tuple[Float[Array, "P B K H"], Float[Array, "P B K H"]]
 
 
 def write_kv_cache(
-    qkv: Float[Array, "T K G+2 H"], rope: tuple[Array, Array], kv_cache: KVPair, batch: StepBatch
+    qkv: Float[Array, "T K G+2 H"],
+    bias: Float[Array, "K G+2 H"],
+    rope: tuple[Array, Array],
+    kv_cache: KVPair,
+    batch: StepBatch,
 ) -> tuple[Float[Array, "T K G H"], KVPair]:
-    """Rotate queries and keys by `rope` (cosine and sine, [T, H/2]) and write keys and values by `slot_mapping`."""
+    """Add `bias`, rotate queries and keys by `rope` (cosine and sine, [T, H/2]), write keys and values to the cache."""
     slots = batch.slot_mapping
     if batch.prefill_cache_indices is not None:
         kept = jnp.zeros(slots.shape, bool).at[batch.prefill_cache_indices].set(True)
         slots = jnp.where(kept, slots, -1)
 
-    def island(qkv: Array, cos: Array, sin: Array, k: Array, v: Array, slots: Array) -> tuple[Array, Array, Array]:
-        return kernels.write_kv(qkv, cos, sin, k, v, slots)
+    def island(qkv: Array, bias: Array, *arrays: Array) -> tuple[Array, Array, Array]:
+        return kernels.write_kv(qkv, *arrays, bias=bias)
 
-    run = _sharded(island, (HEADS, P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
-    q, k, v = run(qkv, *rope, *kv_cache, slots)
+    run = _sharded(island, (HEADS, P(TP), P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
+    q, k, v = run(qkv, bias, *rope, *kv_cache, slots)
     return q, (k, v)
 
 
@@ -64,35 +69,69 @@ def rms_norm(
     return _sharded(island, tuple(P() for _ in arrays), (P(), P()))(*arrays)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PendingNorm:
+    """The norm of `x + residual`, left to the projection that reads it: a GPU does both in one launch for one token."""
+
+    x: Float[Array, "T D"]
+    residual: Float[Array, "T D"] | None
+    weight: Float[Array, " D"]
+    eps: float
+
+    def project(
+        self,
+        kernel: Float[Array, "N D"] | Float[Array, "2 N D"],
+        prefetch: Array | None,
+        *,
+        activation: str | None = None,
+    ) -> tuple[Float[Array, "T N"], Float[Array, "T D"]]:
+        """Return one device's share of the projection, and `x + residual`; `prefetch` is read next."""
+        return kernels.norm_linear(
+            self.x, self.weight, kernel, self.residual, eps=self.eps, activation=activation, prefetch=prefetch
+        )
+
+
+jax.tree_util.register_dataclass(PendingNorm, data_fields=["x", "residual", "weight"], meta_fields=["eps"])
+
+
 def project_qkv(
-    x: Float[Array, "T D"], kernel: Float[Array, "K G+2 H D"], bias: Float[Array, "K G+2 H"]
-) -> Float[Array, "T K G+2 H"]:
-    """Project to each device's heads; no communication."""
+    norm: PendingNorm, kernel: Float[Array, "K G+2 H D"], o_kernel: Float[Array, "D K G H"]
+) -> tuple[Float[Array, "T K G+2 H"], Float[Array, "T D"]]:
+    """Project to each device's heads, without a bias, and return the residual; no communication."""
 
-    def island(x: Array, kernel: Array, bias: Array) -> Array:
-        out = kernels.linear(x, kernel.reshape(-1, kernel.shape[-1]), bias=bias.reshape(-1))
-        return out.reshape(-1, *bias.shape)
+    def island(norm: PendingNorm, kernel: Array, o_kernel: Array) -> tuple[Array, Array]:
+        out, residual = norm.project(kernel.reshape(-1, kernel.shape[-1]), o_kernel)
+        return out.reshape(-1, *kernel.shape[:-1]), residual
 
-    return _sharded(island, (P(), P(TP), P(TP)), HEADS)(x, kernel, bias)
-
-
-def project_gated(x: Float[Array, "T D"], kernel: Float[Array, "2 F D"], activation: str) -> Float[Array, "T F"]:
-    """Return `act(gate) * up` of each device's columns; no communication."""
-
-    def island(x: Array, kernel: Array) -> Array:
-        return kernels.linear(x, kernel, activation=activation)
-
-    return _sharded(island, (P(), P(None, TP)), HEADS)(x, kernel)
+    return _sharded(island, (P(), P(TP), HEADS), (HEADS, P()))(norm, kernel, o_kernel)
 
 
-def project_rows(x: Float[Array, "T *in"], kernel: Float[Array, "D *in"]) -> Float[Array, "T D"]:
-    """Multiply by a kernel whose inputs, from their first axis on, are split over the devices; one all-reduce."""
+def project_gated(
+    norm: PendingNorm, kernel: Float[Array, "2 F D"], down_kernel: Float[Array, "D F"], activation: str
+) -> tuple[Float[Array, "T F"], Float[Array, "T D"]]:
+    """Return `act(gate) * up` of each device's columns, and the residual; no communication."""
 
-    def island(x: Array, kernel: Array) -> Array:
-        out = kernels.linear(x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1))
+    def island(norm: PendingNorm, kernel: Array, down_kernel: Array) -> tuple[Array, Array]:
+        return norm.project(kernel, down_kernel, activation=activation)
+
+    return _sharded(island, (P(), P(None, TP), HEADS), (HEADS, P()))(norm, kernel, down_kernel)
+
+
+def project_rows(
+    x: Float[Array, "T *in"], kernel: Float[Array, "D *in"], *next_kernel: Float[Array, "2 F D"]
+) -> Float[Array, "T D"]:
+    """Multiply by a kernel whose inputs, from their first axis on, are split over the devices; one all-reduce.
+
+    `next_kernel` is what the layer reads next, if it is known.
+    """
+
+    def island(x: Array, kernel: Array, *next_kernel: Array) -> Array:
+        flat = kernel.reshape(kernel.shape[0], -1)
+        out = kernels.linear(x.reshape(x.shape[0], -1), flat, prefetch=next_kernel[0] if next_kernel else None)
         return jax.lax.psum(out, TP) if jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1 else out
 
-    return _sharded(island, (HEADS, HEADS), P())(x, kernel)
+    next_specs = [P(None, TP) for _ in next_kernel]
+    return _sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)
 
 
 def _sharded[**A, O](function: Callable[A, O], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[A, O]:

@@ -17,7 +17,7 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.layers import DownProj, GateUpProj, Linear, OProj, QKVProj, Qwen2RMSNorm, VocabEmbedding
-from qwen2_jax.models.ops import KVPair, attention, write_kv_cache
+from qwen2_jax.models.ops import KVPair, PendingNorm, attention, rms_norm, write_kv_cache
 from qwen2_jax.models.rope import rope_cos_sin, rope_frequencies
 from qwen2_jax.parallel import HeadLayout, pad_to_multiple
 
@@ -38,12 +38,16 @@ class FlashQwen2Attention(nnx.Module):
         self.causal = config.is_causal
 
     def __call__(
-        self, x: Float[Array, "T D"], rope: tuple[Array, Array], batch: StepBatch, kv_cache: KVPair
-    ) -> tuple[Float[Array, "T D"], KVPair]:
-        """Attend; `rope` is cosine and sine at the tokens' positions, [T, H/2] each."""
-        q, kv_cache = write_kv_cache(self.qkv_proj(x), rope, kv_cache, batch)
+        self, norm: PendingNorm, mlp: "Qwen2MLP", rope: tuple[Array, Array], batch: StepBatch, kv_cache: KVPair
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], KVPair]:
+        """Attend; return the result, before its addition, and the residual.
+
+        `mlp` follows. `rope` is cosine and sine at the tokens' positions, [T, H/2] each.
+        """
+        qkv, residual = self.qkv_proj(norm, self.o_proj)
+        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch)
         attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
-        return self.o_proj(attended), kv_cache
+        return self.o_proj(attended, mlp.gate_up_proj), residual, kv_cache
 
 
 class Qwen2MLP(nnx.Module):
@@ -56,22 +60,25 @@ class Qwen2MLP(nnx.Module):
         self.down_proj = DownProj(intermediate, config.hidden_size, std=std, dtype=dtype, rngs=rngs)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Apply the MLP to each token."""
+    def __call__(self, norm: PendingNorm) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """Apply the MLP to each token, and return the residual."""
         act = ACTIVATIONS[self.hidden_act]
 
-        def tokens_first(x: Array) -> Array:
+        def tokens_first(norm: PendingNorm) -> tuple[Array, Array]:
             if self.hidden_act in FUSED_ACTIVATIONS:
-                return self.down_proj(self.gate_up_proj.gated(x, FUSED_ACTIVATIONS[self.hidden_act]))
+                gated, residual = self.gate_up_proj.gated(norm, self.down_proj, FUSED_ACTIVATIONS[self.hidden_act])
+                return self.down_proj(gated), residual
+            x, residual = rms_norm(norm.x, norm.residual, norm.weight, norm.eps)
             gate_up = self.gate_up_proj(x)
-            return self.down_proj(act(gate_up[:, 0]) * gate_up[:, 1])
+            return self.down_proj(act(gate_up[:, 0]) * gate_up[:, 1]), residual
 
-        def features_first(x: Array) -> Array:
+        def features_first(norm: PendingNorm) -> tuple[Array, Array]:
+            x, residual = rms_norm(norm.x, norm.residual, norm.weight, norm.eps)
             gate, up = self.gate_up_proj.features_first(x)
-            return self.down_proj.features_first(act(gate) * up)
+            return self.down_proj.features_first(act(gate) * up), residual
 
         # On a CPU a large left operand is multiplied about twice as fast as a large right one (docs/architecture.md).
-        return jax.lax.platform_dependent(x, cpu=features_first, default=tokens_first)
+        return jax.lax.platform_dependent(norm, cpu=features_first, default=tokens_first)
 
 
 class FlashQwen2Layer(nnx.Module):
@@ -94,10 +101,10 @@ class FlashQwen2Layer(nnx.Module):
         kv_cache: KVPair,
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], KVPair]:
         """Return the MLP's output, the residual to add to it, and the layer's cache."""
-        x, residual = self.input_layernorm(x, residual)
-        x, kv_cache = self.self_attn(x, rope, batch, kv_cache)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual, kv_cache
+        norm = self.input_layernorm.before(x, residual)
+        x, residual, kv_cache = self.self_attn(norm, self.mlp, rope, batch, kv_cache)
+        x, residual = self.mlp(self.post_attention_layernorm.before(x, residual))
+        return x, residual, kv_cache
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -65,6 +65,7 @@ class Batch:
             values = {
                 "row_indices": place,
                 "sample_positions": len(history),
+                "last_positions": len(history),
                 "output_indices": len(row.outputs),
                 "prompt_lens": len(row.prompt),
                 "seeds_low": np.uint32(row.seed & 0xFFFFFFFF).view(np.int32),

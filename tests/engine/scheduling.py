@@ -44,7 +44,7 @@ def launch(scheduler: Scheduler) -> SchedulerOutput:
 
 
 def read(scheduler: Scheduler, output: SchedulerOutput, token: int = 5) -> list[Request]:
-    changed = scheduler.update(output, [[token] * output.num_steps if row.samples else [] for row in output.rows])
+    changed = scheduler.update(output, [[token] * row.num_steps if row.samples else [] for row in output.rows])
     scheduler.check_integrity()
     return changed
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qwen2_jax.config import EngineConfig, ResolvedConfig
-from qwen2_jax.engine.batch_builder import NOWHERE, BatchBuilder
+from qwen2_jax.engine.batch_builder import BatchBuilder
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
-from qwen2_jax.engine.step_inputs import Layout, allocate, decode_layout, prefill_layout
+from qwen2_jax.engine.step_inputs import NOWHERE, Layout, allocate, decode_layout, prefill_layout, sample_layout
 from qwen2_jax.types import SamplingParams
 
 CONFIG = ResolvedConfig(
@@ -44,7 +44,10 @@ def make_request(
 def scheduled(*rows: tuple[Request, int, int, bool], num_steps: int = 1, is_decode: bool = False) -> SchedulerOutput:
     """Rows of (request, start, num_tokens, samples)."""
     return SchedulerOutput(
-        rows=tuple(ScheduledRow(*row, 0) for row in rows), num_steps=num_steps, is_decode=is_decode, admitted=()
+        rows=tuple(ScheduledRow(*row, 0, num_steps) for row in rows),
+        num_steps=num_steps,
+        is_decode=is_decode,
+        admitted=(),
     )
 
 
@@ -60,13 +63,18 @@ def admit(builder: BatchBuilder, *requests: Request, seed: int = 0) -> None:
 
 
 def decode(builder: BatchBuilder, output: SchedulerOutput) -> tuple[int, dict[str, Any]]:
-    bucket, packed, _ = builder.decode(output)
+    bucket, packed = builder.decode(output)
     return bucket, unpacked(packed, decode_layout(bucket, BLOCKS))
 
 
 def prefill(builder: BatchBuilder, output: SchedulerOutput) -> tuple[int, dict[str, Any]]:
     bucket, packed = builder.prefill(output)
     return bucket, unpacked(packed, prefill_layout(bucket, CONFIG.prefill_rows(bucket), BLOCKS))
+
+
+def sample(builder: BatchBuilder, output: SchedulerOutput) -> tuple[int, dict[str, Any]]:
+    bucket, packed = builder.sample(output)
+    return bucket, unpacked(packed, sample_layout(bucket))
 
 
 def test_a_decode_call() -> None:
@@ -79,9 +87,11 @@ def test_a_decode_call() -> None:
     bucket, found = decode(builder, scheduled(*rows, num_steps=3, is_decode=True))
     assert bucket == 4
     assert found["input_ids"][:3] == [8, -1, 6]
-    assert found["position_ids"] == [4, 5, 0, -1]
+    assert found["num_steps"] == [3]
+    assert found["position_ids"][:3] == [4, 5, 0]
     assert found["row_indices"] == [2, 0, 1, SPARE]
     assert found["sample_positions"] == [5, 6, 1, NOWHERE]
+    assert found["last_positions"] == [7, 8, 3, -1]
     assert found["output_indices"][:3] == [2, 2, 0]
     assert found["block_tables"][:3] == [[9, 5, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
 
@@ -115,9 +125,9 @@ def test_whether_every_row_is_plainly_greedy(params: dict[str, Any], expected: b
     builder = BatchBuilder(CONFIG)
     admit(builder, *requests)
     output = scheduled(*((request, 0, 1, True) for request in requests), is_decode=True)
-    assert builder.decode(output)[2] is expected
+    assert builder.is_greedy(output) is expected
     builder.set_logit_bias(0, True)
-    assert builder.decode(output)[2] is False
+    assert builder.is_greedy(output) is False
 
 
 def test_a_prefill_step() -> None:
@@ -137,8 +147,13 @@ def test_a_prefill_step() -> None:
     assert found["slot_mapping"] == expected_slots + [-1] * 22
     assert found["query_start_loc"] == [0, 1, 2, 5, 10]
     assert found["context_lens"] == [6, 3, 3, 11]
+    assert found["row_indices"] == [3, 1, 0, 2]
+    bucket, found = sample(builder, scheduled(*rows))
+    assert bucket == 4
+    assert found["row_indices"] == [3, 1, 0, 2]
     assert found["lm_head_indices"] == [0, 1, 4, 9]
     assert found["sample_positions"] == [6, 3, 3, NOWHERE]
+    assert found["last_positions"] == [6, 3, 3, -1]
     assert found["output_indices"][:3] == [1, 1, 0]
 
 
@@ -146,20 +161,33 @@ def test_padding_rows_of_a_prefill_step_are_empty() -> None:
     request = make_request(1, [5, 6], [3])
     builder = BatchBuilder(CONFIG)
     admit(builder, request)
-    _, found = prefill(builder, scheduled((request, 0, 2, True)))
+    rows = (request, 0, 2, True)
+    _, found = prefill(builder, scheduled(rows))
     assert found["query_start_loc"] == [0, 2, 2, 2, 2]
     assert found["context_lens"] == [2, 0, 0, 0]
     assert found["row_indices"] == [1, SPARE, SPARE, SPARE]
-    assert found["sample_positions"] == [2, NOWHERE, NOWHERE, NOWHERE]
     assert all(token >= 0 for token in found["input_ids"] + found["position_ids"])
+
+
+def test_padding_rows_sample_nothing() -> None:
+    requests = [make_request(row, [5, 6], [row + 1]) for row in range(3)]
+    builder = BatchBuilder(CONFIG)
+    admit(builder, *requests)
+    bucket, found = sample(builder, scheduled(*((request, 0, 2, True) for request in requests)))
+    assert bucket == 4
+    assert found["sample_positions"] == [2, 2, 2, NOWHERE]
+    assert found["last_positions"] == [2, 2, 2, -1]
+    assert found["row_indices"] == [0, 1, 2, SPARE]
 
 
 def test_a_recomputed_request_brings_its_read_outputs_as_tokens() -> None:
     request = make_request(0, [1, 2, 3], [3, 4], outputs=(7, 8, 9))
     builder = BatchBuilder(CONFIG)
     admit(builder, request)
-    _, found = prefill(builder, scheduled((request, 0, 6, True)))
+    output = scheduled((request, 0, 6, True))
+    _, found = prefill(builder, output)
     assert found["input_ids"][:6] == [1, 2, 3, 7, 8, 9]
+    _, found = sample(builder, output)
     assert found["output_indices"][0] == 3
 
 

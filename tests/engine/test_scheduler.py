@@ -89,17 +89,17 @@ def test_what_was_launched_behind_a_stop_is_dropped() -> None:
     assert request.output_token_ids == [EOS]
 
 
-def test_several_steps_stop_at_the_smallest_allowance() -> None:
+def test_a_row_near_its_end_rests_while_the_others_go_on() -> None:
     scheduler = make_scheduler(max_decode_steps=8)
     short, long = make_request("a", 3, max_tokens=5), make_request("b", 3, max_tokens=None, max_model_len=10)
     add(scheduler, short, long)
     assert step(scheduler).num_steps == 1
     output = launch(scheduler)
-    assert (output.num_steps, shape(output)) == (4, [("a", 3, 1, True), ("b", 3, 1, True)])
+    assert (output.num_steps, shape(output)) == (6, [("a", 3, 1, True), ("b", 3, 1, True)])
+    assert [row.num_steps for row in output.rows] == [4, 6]
     assert set(read(scheduler, output)) == {short, long}
-    assert short.finish_reason == "length"
-    output = step(scheduler)
-    assert (output.num_steps, long.finish_reason, long.num_tokens) == (2, "length", 10)
+    assert (short.finish_reason, short.num_tokens) == ("length", 8)
+    assert (long.finish_reason, long.num_tokens) == ("length", 10)
 
 
 def test_a_stop_within_a_call_drops_the_rest_of_it() -> None:

@@ -54,11 +54,14 @@ class FakeRunner:
             self.rows[request.row_index] = request.tokens(0, request.num_tokens)
         sampled: list[list[int]] = [[] for _ in output.rows]
         for step in range(output.num_steps):
-            for row in output.rows:
+            active = [row for row in output.rows if step < row.num_steps]
+            for row in active:
                 self.check_reads(row, row.start + step, row.start + step)
-            written = [slot for row in output.rows for slot in self.write(row, step)]
+            written = [slot for row in active for slot in self.write(row, step)]
             assert len(written) == len(set(written)), "two rows write one slot"
             for row, tokens in zip(output.rows, sampled, strict=True):
+                if step >= row.num_steps:
+                    continue
                 self.check_reads(row, row.start + step, row.start + row.num_tokens + step)
                 if row.samples:
                     tokens.append(self.sample(row, step))
@@ -73,8 +76,9 @@ class FakeRunner:
         assert output.is_decode == all(row.is_decode for row in rows)
         assert 1 <= output.num_steps <= (config.max_decode_steps if output.is_decode else 1)
         assert set(output.admitted) <= {row.request for row in rows}
+        assert output.num_steps == max(row.num_steps for row in rows)
         for row in rows:
-            self.check_row(row, output.num_steps)
+            self.check_row(row, row.num_steps)
 
     def check_row(self, row: ScheduledRow, num_steps: int) -> None:
         request, end = row.request, row.start + row.num_tokens

@@ -13,6 +13,7 @@ from qwen2_jax.engine.step_inputs import (
     decode_layout,
     packed_size,
     prefill_layout,
+    sample_layout,
     sampling_layout,
     unpack,
 )
@@ -20,6 +21,7 @@ from qwen2_jax.engine.step_inputs import (
 LAYOUTS = {
     "decode": decode_layout(3, 5),
     "prefill": prefill_layout(16, 3, 5),
+    "sample": sample_layout(3),
     "small": {"scalar": Field(()), "empty": Field((0,)), "table": Field((2, 3)), "floats": Field((4,), is_float=True)},
 }
 
@@ -69,7 +71,8 @@ def test_both_layouts_carry_what_the_sampler_needs() -> None:
     sampling = sampling_layout(3)
     assert list(sampling) == [*SAMPLING_INTS, *SAMPLING_FLOATS]
     assert all(sampling[name].is_float == (name in SAMPLING_FLOATS) for name in sampling)
-    for layout in (LAYOUTS["decode"], LAYOUTS["prefill"]):
-        assert sampling.items() <= layout.items()
-        assert layout["block_tables"].shape == (3, 5)
+    for name in ("decode", "sample"):
+        assert sampling.items() <= LAYOUTS[name].items()
+    for name in ("decode", "prefill"):
+        assert LAYOUTS[name]["block_tables"].shape == (3, 5)
     assert LAYOUTS["prefill"]["query_start_loc"].shape == (4,)

@@ -1,5 +1,6 @@
 """A call's arrays become each row's tokens and log-probabilities."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ def make_row(start: int, num_tokens: int, samples: bool, prompt: int = 6, **para
 
 
 def output_of(*rows: ScheduledRow, num_steps: int = 1) -> SchedulerOutput:
+    rows = tuple(row._replace(num_steps=num_steps) for row in rows)
     return SchedulerOutput(rows=rows, num_steps=num_steps, is_decode=num_steps > 1, admitted=())
 
 
-def report(token_ids: list[list[int]], top_ids: tuple[int, ...] = (7, 8, 9)) -> list[dict[str, jnp.ndarray]]:
-    """Each step's arrays by row; every log-probability is minus its token id, and the sampled ones have rank 50."""
+def report(token_ids: list[list[int]], top_ids: tuple[int, ...] = (7, 8, 9)) -> dict[str, jnp.ndarray]:
+    """Arrays by step and row; every log-probability is minus its token id, and the sampled ones have rank 50."""
     tokens = np.asarray(token_ids, np.int32)
     top = np.broadcast_to(np.asarray(top_ids, np.int32), (*tokens.shape, len(top_ids)))
     chosen = np.broadcast_to(np.asarray([30, 31], np.int32), (*tokens.shape, 2))
@@ -39,7 +41,7 @@ def report(token_ids: list[list[int]], top_ids: tuple[int, ...] = (7, 8, 9)) -> 
         "chosen_logprobs": -chosen.astype(np.float32),
         "chosen_ranks": chosen + 100,
     }
-    return [{name: jnp.asarray(array[step]) for name, array in arrays.items()} for step in range(len(token_ids))]
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def sampled(token: int) -> dict[int, Logprob]:
@@ -50,6 +52,14 @@ def test_tokens_of_several_steps() -> None:
     rows = (make_row(5, 1, True), make_row(9, 1, True))
     results = Launched(output_of(*rows, num_steps=2), report([[1, 2, 0], [3, 4, 0]])).read()
     assert results == [RowResult(token_ids=[1, 3]), RowResult(token_ids=[2, 4])]
+
+
+def test_a_row_that_rests_early_has_fewer_tokens() -> None:
+    output = output_of(make_row(5, 1, True), make_row(9, 1, True), num_steps=2)
+    rows = (output.rows[0]._replace(num_steps=1), output.rows[1])
+    output = dataclasses.replace(output, rows=rows)
+    results = Launched(output, report([[1, 2, 0], [3, 4, 0]])).read()
+    assert results == [RowResult(token_ids=[1]), RowResult(token_ids=[2, 4])]
 
 
 def test_a_chunk_in_the_middle_of_a_prompt_samples_nothing() -> None:
@@ -89,7 +99,11 @@ def test_chosen_tokens_come_instead_of_the_likeliest() -> None:
 def test_prompt_logprobs_are_of_the_tokens_that_follow() -> None:
     """Entry i of the report is of the token after the step's i-th; a row's last prompt token has none after it."""
     rows = (make_row(8, 1, True), make_row(2, 2, False, prompt_logprobs=0), make_row(3, 3, True, prompt_logprobs=1))
-    chunks = report([[0, 13, 14, 14], [15, 0, 0, 0]])  # the prompts are 10, 11, 12, ..., 15
+    # The prompts are 10, 11, 12, ..., 15.
+    both = report([[0, 13, 14, 14], [15, 0, 0, 0]])
+    chunks = [
+        {name: array[chunk] for name, array in both.items()} for chunk in range(2)
+    ]  # the prompts are 10, 11, 12, ..., 15
     decode, chunk, last = Launched(output_of(*rows), report([[1, 0, 2]]), prompt_logprobs=chunks).read()
     assert decode.prompt_logprobs is None
     assert chunk.prompt_logprobs == [sampled(13), sampled(14)]

@@ -21,7 +21,7 @@ H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_c
 def lower_step(
     model: ModelConfig, name: str, size: int, *, num_blocks: int = 500, **options: Any
 ) -> jax.stages.Lowered:
-    """Lower the program `name` ("decode" or "prefill") of bucket `size`, in bfloat16 on one device."""
+    """Lower the program `name` ("decode_greedy" or "prefill") of bucket `size`, in bfloat16 on one device."""
     mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Explicit,), abstract_device=H100)
     config = EngineConfig(**options).resolve(model, "gpu")
     with jax.sharding.use_abstract_mesh(mesh):
@@ -41,17 +41,14 @@ def lower_step(
         state = jax.tree.map(partial(_place, mesh), jax.eval_shape(programs.initial_state))
         pools = PoolLayout.of(model, config.block_size, "bfloat16", 1).abstract(cast(Mesh, mesh), num_blocks)
         width = config.blocks_per_sequence
-        if name == "decode":
-            function, layout = partial(programs.decode, rows=size, greedy=True), decode_layout(size, width)
+        if name == "decode_greedy":
+            function, layout = partial(programs.decode_greedy, rows=size, steps=8), decode_layout(size, width)
         else:
             rows = config.prefill_rows(size)
             function, layout = partial(programs.prefill, tokens=size, rows=rows), prefill_layout(size, rows, width)
         packed = jax.ShapeDtypeStruct((packed_size(layout),), jnp.int32, sharding=NamedSharding(mesh, P()))
-        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
         step = jax.jit(function, donate_argnums=(1, 2))
-        return step.trace(params, pools, state, packed, *([number] if name == "decode" else [])).lower(
-            lowering_platforms=("cuda",)
-        )
+        return step.trace(params, pools, state, packed).lower(lowering_platforms=("cuda",))
 
 
 def _place(mesh: AbstractMesh, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -45,16 +45,22 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def write(
-    implementation: str, inputs: tuple[Any, ...], slots: list[int], pool: Any = jnp.float32, **scales: float
+    implementation: str,
+    inputs: tuple[Any, ...],
+    slots: list[int],
+    pool: Any = jnp.float32,
+    bias: np.ndarray | None = None,
+    **scales: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Write into pools full of 9."""
     pools = [jnp.full(POOL, 9, pool) for _ in range(2)]
     arguments = (*inputs, *pools, np.asarray(slots, np.int32))
+    extra = {} if bias is None else {"bias": jnp.asarray(bias)}
     if implementation == "triton" and jax.default_backend() == "cpu":
         with triton_interpreter():
-            q, k, v = program(implementation, **scales).__wrapped__(*map(jnp.asarray, arguments))
+            q, k, v = program(implementation, **scales).__wrapped__(*map(jnp.asarray, arguments), **extra)
     else:
-        q, k, v = program(implementation, **scales)(*arguments)
+        q, k, v = program(implementation, **scales)(*arguments, **extra)
     assert q.dtype == inputs[0].dtype and k.dtype == v.dtype == pool
     return np.asarray(q, np.float32), np.asarray(k, np.float32), np.asarray(v, np.float32)
 
@@ -111,6 +117,16 @@ def test_scales_hold_for_every_dtype(implementation: str) -> None:
     qkv, _, _ = inputs = draw(2)
     _, _, v = write(implementation, inputs, [3, 8], k_scale=0.5, v_scale=0.25)
     np.testing.assert_array_equal(v, written([3, 8], qkv[:, :, -1] * 4))
+
+
+@IMPLEMENTATION
+def test_a_bias_is_added_first(implementation: str) -> None:
+    qkv, cos, sin = draw(3)
+    bias = np.random.default_rng(0).standard_normal(qkv.shape[1:]).astype(np.float32)
+    slots = [7, -1, 0]
+    found = write(implementation, (qkv, cos, sin), slots, bias=bias)
+    for one, other in zip(found, write("reference", (qkv + bias, cos, sin), slots), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 @IMPLEMENTATION

@@ -17,8 +17,10 @@ def gemv_kernel(
     norm_ptr,
     bias_ptr,
     residual_ptr,
+    stream_ptr,
     next_ptr,
     out_ptr,
+    total_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
     EPS: tl.constexpr,
@@ -26,6 +28,7 @@ def gemv_kernel(
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_STREAM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -33,7 +36,10 @@ def gemv_kernel(
     STAGES: tl.constexpr,
     BYPASS_L1: tl.constexpr,
 ):
-    """x [K], kernel [N, K] or [2, N, K], norm [K], bias and residual [N], out [N]; grid (N / BLOCK_N)."""
+    """x [K], kernel [N, K] or [2, N, K], norm [K], bias and residual [N], out [N]; grid (N / BLOCK_N).
+
+    With a stream [K], what is multiplied is `x + stream`, which is also written to total [K].
+    """
     GATED: tl.constexpr = ACTIVATION != ""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     addend = load_addend(bias_ptr, residual_ptr, rows, rows < N, HAS_BIAS, HAS_RESIDUAL)
@@ -51,6 +57,9 @@ def gemv_kernel(
         if GATED:
             ups = load_weights(tile + N * K, mask, BYPASS_L1)
         x = tl.load(x_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if HAS_STREAM:
+            x += tl.load(stream_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            tl.store(total_ptr + columns, x.to(total_ptr.dtype.element_ty), mask=inside & (tl.program_id(0) == 0))
         if HAS_NORM:
             squares += x * x
             x *= tl.load(norm_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)

@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,31 @@ from qwen2_kernels.linear.triton_gemv import gemv_kernel
 from qwen2_kernels.linear.xla import add_epilogue
 from qwen2_kernels.rms_norm.xla import rms_norm_xla
 from qwen2_kernels.tuning import tuned
+
+
+def norm_gemv(
+    x: Array,
+    norm_weight: Array,
+    kernel: Array,
+    stream: Array | None,
+    bias: Array | None,
+    prefetch: Array | None,
+    *,
+    eps: float,
+    activation: str | None,
+) -> tuple[Array, Array]:
+    """Multiply one token, normalised after `stream` was added to it, by a kernel; also return that sum.
+
+    `NotImplementedError` for several tokens; shapes and dtypes as `linear_triton` takes them.
+    """
+    tokens, size = x.shape
+    if tokens > 1:
+        raise NotImplementedError(f"norm_linear: 'triton' takes one token, not {tokens}")
+    _check_dtypes(x, kernel)
+    config = _config((tokens, kernel.shape[-2], size), gated=activation is not None)
+    more = (norm_weight, bias, None, stream, prefetch)
+    out, total = _run_gemv(x, kernel, *more, eps=eps, activation=activation, out_dtype=x.dtype, config=config)
+    return out, x if stream is None else total
 
 
 def linear_triton(
@@ -37,43 +63,31 @@ def linear_triton(
         NotImplementedError: dtypes other than bfloat16 and float32, or a kernel's that is not `x`'s; several tokens
             with a multiply-reduce config.
     """
-    if x.dtype != kernel.dtype or x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(
-            f"linear: 'triton' multiplies bfloat16 or float32, not x {x.dtype} with kernel {kernel.dtype}"
-        )
+    _check_dtypes(x, kernel)
     tokens, features = x.shape[0], kernel.shape[-2]
-    if config is None:
-        shape = (tokens, features, x.shape[1])
-        default = default_config(*shape, gated=activation is not None)
-        config = tuned("linear", tuning_key(*shape, gated=activation is not None), Config, default)
+    config = config or _config((tokens, features, x.shape[1]), gated=activation is not None)
     if config.block_t == 1 and tokens > 1:
         raise NotImplementedError(f"linear: the multiply-reduce kernel takes one token, not {tokens}")
     if norm_weight is not None and (config.split_k > 1 or not config.fuse_norm):
         x, norm_weight = rms_norm_xla(x, norm_weight, None, eps=eps)[0], None
-    tiles_n = -(-features // config.block_n)
-    grid = (-(-tokens // config.block_t), tiles_n, config.split_k) if config.block_t > 1 else (tiles_n,)
-    options = {
-        "N": features,
-        "K": x.shape[1],
-        "EPS": eps,
-        "ACTIVATION": activation or "",
-        "HAS_NORM": norm_weight is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        **_prefetch_options(prefetch, config, math.prod(grid)),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    # An operand that is not there is never read: `x` stands in for it.
-    operands = (x, kernel, *(x if array is None else array for array in (norm_weight, bias, residual, prefetch)))
-    run = functools.partial(triton_call, *operands, grid=grid, **options)
     if config.block_t == 1:
-        run = functools.partial(run, STAGES=config.num_stages, BYPASS_L1=config.bypass_l1)
-        return run(kernel=gemv_kernel, out_type=jax.ShapeDtypeStruct((1, features), out_dtype))
-    tiles = {"BLOCK_T": config.block_t, "SLICES": config.slices_k, "SPLIT_K": config.split_k}
-    run = functools.partial(run, kernel=dot_kernel, T=tokens, **tiles)
+        more = (norm_weight, bias, residual, None, prefetch)
+        return _run_gemv(x, kernel, *more, eps=eps, activation=activation, out_dtype=out_dtype, config=config)[0]
+    grid = (-(-tokens // config.block_t), -(-features // config.block_n), config.split_k)
+    run = functools.partial(
+        triton_call,
+        *_operands(x, kernel, norm_weight, bias, residual, prefetch),
+        kernel=dot_kernel,
+        grid=grid,
+        T=tokens,
+        BLOCK_T=config.block_t,
+        SLICES=config.slices_k,
+        SPLIT_K=config.split_k,
+        HAS_NORM=norm_weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        **_options(kernel, prefetch, config, math.prod(grid), eps, activation),
+    )
     if config.split_k == 1:
         return run(out_type=jax.ShapeDtypeStruct((tokens, features), out_dtype))
     partials = (config.split_k, *kernel.shape[:-2], tokens, features)
@@ -83,6 +97,68 @@ def linear_triton(
     if activation is not None:
         total = ACTIVATIONS[activation](total[0]) * total[1]
     return add_epilogue(total, bias, residual, out_dtype)
+
+
+def _run_gemv(
+    x: Array,
+    kernel: Array,
+    *more: Array | None,
+    eps: float,
+    activation: str | None,
+    out_dtype: jnp.dtype,
+    config: Config,
+) -> tuple[Array, Array]:
+    """Run the multiply-reduce kernel on norm, bias, residual, stream and prefetch; return its result and total."""
+    norm_weight, bias, residual, stream, prefetch = more
+    features = kernel.shape[-2]
+    programs = -(-features // config.block_n)
+    total = (1, 1) if stream is None else x.shape
+    return triton_call(
+        *_operands(x, kernel, *more),
+        kernel=gemv_kernel,
+        out_type=(jax.ShapeDtypeStruct((1, features), out_dtype), jax.ShapeDtypeStruct(total, x.dtype)),
+        grid=(programs,),
+        HAS_NORM=norm_weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_STREAM=stream is not None,
+        STAGES=config.num_stages,
+        BYPASS_L1=config.bypass_l1,
+        **_options(kernel, prefetch, config, programs, eps, activation),
+    )
+
+
+def _operands(x: Array, *more: Array | None) -> tuple[Array, ...]:
+    """An operand that is not there is never read: `x` stands in for it."""
+    return (x, *(x if array is None else array for array in more))
+
+
+def _options(
+    kernel: Array, prefetch: Array | None, config: Config, programs: int, eps: float, activation: str | None
+) -> dict[str, Any]:
+    return {
+        "N": kernel.shape[-2],
+        "K": kernel.shape[-1],
+        "EPS": eps,
+        "ACTIVATION": activation or "",
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        **_prefetch_options(prefetch, config, programs),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _check_dtypes(x: Array, kernel: Array) -> None:
+    if x.dtype != kernel.dtype or x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(
+            f"linear: 'triton' multiplies bfloat16 or float32, not x {x.dtype} with kernel {kernel.dtype}"
+        )
+
+
+def _config(shape: tuple[int, int, int], *, gated: bool) -> Config:
+    """Return the tuned or default tiles for (tokens, out features, in features)."""
+    return tuned("linear", tuning_key(*shape, gated=gated), Config, default_config(*shape, gated=gated))
 
 
 def _prefetch_options(array: Array | None, config: Config, programs: int) -> dict[str, int]:

@@ -27,6 +27,7 @@ def write_kv(
     v_pool: Float[Array, "P B K H"],
     slot_mapping: Int[Array, " T"],
     *,
+    bias: Float[Array, "K G+2 H"] | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     implementation: str = "auto",
@@ -39,6 +40,7 @@ def write_kv(
         k_pool, v_pool: P blocks of B slots; donate them, so that the write is in place. A value is divided by its
             scale, and in 8 bits (float8_e4m3fn) clipped to the type's range.
         slot_mapping: where each token goes, `block * B + offset`; -1 writes nothing.
+        bias: the projection's, added to each token first.
         k_scale, v_scale: what a stored value is multiplied by to give the real one.
 
     Returns:
@@ -52,6 +54,7 @@ def write_kv(
     """
     tokens, kv_heads, slots, head_dim = qkv.shape
     shapes = {"qkv": qkv, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool, "slot_mapping": slot_mapping}
+    shapes |= {} if bias is None else {"bias": bias}
     if (
         slots < 3
         or head_dim % 2
@@ -59,10 +62,11 @@ def write_kv(
         or k_pool.shape[2:] != (kv_heads, head_dim)
         or k_pool.shape != v_pool.shape
         or slot_mapping.shape != (tokens,)
+        or (bias is not None and bias.shape != qkv.shape[1:])
     ):
         raise ValueError(f"write_kv: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in shapes.items())}")
     gpu, reason = "triton", "one launch that writes in place"
     if head_dim & (head_dim - 1):
         gpu, reason = "xla", f"a head dim of {head_dim} is not a power of two"
     run = select("write_kv", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
-    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, bias, k_scale=k_scale, v_scale=v_scale)

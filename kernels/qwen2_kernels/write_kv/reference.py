@@ -12,18 +12,22 @@ def write_kv_reference(
     k_pool: Array,
     v_pool: Array,
     slot_mapping: Array,
+    bias: Array | None = None,
     *,
     k_scale: float,
     v_scale: float,
 ) -> tuple[Array, Array, Array]:
     """See `api.write_kv`."""
     half = qkv.shape[-1] // 2
-    rotated_heads = qkv[:, :, :-1].astype(jnp.float32)
+    wide = qkv.astype(jnp.float32)
+    if bias is not None:
+        wide += bias.astype(jnp.float32)[None]
+    rotated_heads = wide[:, :, :-1]
     pairs = jax.lax.complex(rotated_heads[..., :half], rotated_heads[..., half:])
     pairs = pairs * jax.lax.complex(cos, sin)[:, None, None, :]
     rotated = jnp.concatenate([pairs.real, pairs.imag], axis=-1)
     keys = _quantise(rotated[:, :, -1], k_scale, k_pool.dtype)
-    values = _quantise(qkv[:, :, -1].astype(jnp.float32), v_scale, v_pool.dtype)
+    values = _quantise(wide[:, :, -1], v_scale, v_pool.dtype)
     block_size = k_pool.shape[1]
 
     def write(token: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ def _write_kv_kernel(
     cos_ptr,
     sin_ptr,
     slots_ptr,
+    bias_ptr,
     k_pool_ptr,
     v_pool_ptr,
     q_ptr,
@@ -24,11 +25,15 @@ def _write_kv_kernel(
     H: tl.constexpr,
     GP: tl.constexpr,
     BT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     k_inverse_scale: tl.constexpr,
     v_inverse_scale: tl.constexpr,
     limit: tl.constexpr,
 ):
-    """qkv [T, K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot; GP is G+1 as a power of two."""
+    """qkv [T, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot.
+
+    GP is G+1 as a power of two.
+    """
     half: tl.constexpr = H // 2
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     kv_head = tl.program_id(1)
@@ -44,6 +49,11 @@ def _write_kv_kernel(
     rotates = is_token[:, None, None] & (head < G + 1)[None, :, None]
     low = tl.load(qkv_ptr + source, mask=rotates, other=0.0).to(tl.float32)
     high = tl.load(qkv_ptr + source + half, mask=rotates, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        shift = bias_ptr + kv_head * (G + 2) * H + head[:, None] * H + lane[None, :]
+        has_shift = (head < G + 1)[:, None]
+        low += tl.load(shift, mask=has_shift, other=0.0).to(tl.float32)[None, :, :]
+        high += tl.load(shift + half, mask=has_shift, other=0.0).to(tl.float32)[None, :, :]
     rotated_low = low * cos - high * sin
     rotated_high = high * cos + low * sin
 
@@ -67,6 +77,8 @@ def _write_kv_kernel(
     value = tl.load(
         qkv_ptr + group[:, None] + (G + 1) * H + column[None, :], mask=written[:, None] & is_token[:, None], other=0.0
     ).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + (kv_head * (G + 2) + G + 1) * H + column).to(tl.float32)[None, :]
     value = tl.clamp(value * v_inverse_scale, -limit, limit)
     tl.store(v_pool_ptr + row[:, None] + column[None, :], value.to(pool_type), mask=written[:, None])
 
@@ -78,6 +90,7 @@ def write_kv_triton(
     k_pool: Array,
     v_pool: Array,
     slot_mapping: Array,
+    bias: Array | None = None,
     *,
     k_scale: float,
     v_scale: float,
@@ -95,6 +108,7 @@ def write_kv_triton(
         cos,
         sin,
         slot_mapping,
+        qkv if bias is None else bias,  # one that is not there is never read
         k_ref,
         v_ref,
         kernel=_write_kv_kernel,
@@ -108,6 +122,7 @@ def write_kv_triton(
         H=head_dim,
         GP=triton.next_power_of_2(group + 1),
         BT=tile,
+        HAS_BIAS=bias is not None,
         k_inverse_scale=1 / k_scale,
         v_inverse_scale=1 / v_scale,
         limit=float(info.max) if info.bits == 8 else float("inf"),

@@ -12,13 +12,17 @@ def write_kv_xla(
     k_pool: Array,
     v_pool: Array,
     slot_mapping: Array,
+    bias: Array | None = None,
     *,
     k_scale: float,
     v_scale: float,
 ) -> tuple[Array, Array, Array]:
     """See `api.write_kv`."""
+    dtype = qkv.dtype
+    if bias is not None:
+        qkv = qkv.astype(jnp.float32) + bias.astype(jnp.float32)[None]
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    q = _rotate(q, cos[:, None, None, :], sin[:, None, None, :]).astype(qkv.dtype)
+    q = _rotate(q, cos[:, None, None, :], sin[:, None, None, :]).astype(dtype)
     k = _rotate(k, cos[:, None, :], sin[:, None, :])
     return q, _scatter(k_pool, slot_mapping, k, k_scale), _scatter(v_pool, slot_mapping, v, v_scale)
 

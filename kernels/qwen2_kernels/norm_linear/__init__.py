@@ -1,0 +1,1 @@
+"""`norm_linear`: the residual stream's addition, its norm and the projection that reads it."""

@@ -1,0 +1,79 @@
+"""`norm_linear`: what stands between two residual additions, up to the projection's result."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from qwen2_kernels.dispatch import select
+from qwen2_kernels.linear.api import linear
+from qwen2_kernels.norm_linear.reference import norm_linear_reference
+from qwen2_kernels.rms_norm.api import rms_norm
+
+
+def _separate(
+    x: Array,
+    norm_weight: Array,
+    kernel: Array,
+    residual: Array | None,
+    bias: Array | None,
+    prefetch: Array | None,
+    *,
+    eps: float,
+    activation: str | None,
+) -> tuple[Array, Array]:
+    normed, total = rms_norm(x, norm_weight, residual, eps=eps)
+    return linear(normed, kernel, bias=bias, activation=activation, prefetch=prefetch), total
+
+
+def _triton(*arrays: Any, **options: Any) -> tuple[Array, Array]:
+    from qwen2_kernels.linear.triton_linear import norm_gemv
+
+    return norm_gemv(*arrays, **options)
+
+
+IMPLEMENTATIONS = {"reference": norm_linear_reference, "separate": _separate, "triton": _triton}
+
+
+def norm_linear(
+    x: Float[Array, "T D"],
+    norm_weight: Float[Array, " D"],
+    kernel: Float[Array, "N D"] | Float[Array, "2 N D"],
+    residual: Float[Array, "T D"] | None = None,
+    *,
+    eps: float,
+    bias: Float[Array, " N"] | None = None,
+    activation: str | None = None,
+    prefetch: Array | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "T N"], Float[Array, "T D"]]:
+    """Return `(linear(rms_norm(total)), total)`, where `total` is `x + residual`.
+
+    Args:
+        x: the tokens. NaN in one of them (padding) reaches no other.
+        norm_weight: the norm's weight, see `rms_norm`.
+        kernel: the projection's weights, see `linear`.
+        residual: added to `x` first; None leaves `x` as `total`.
+        eps: what the norm adds to the mean square.
+        bias, activation, prefetch: see `linear`.
+        implementation: `"reference"`, `"separate"` (the ops `rms_norm` and `linear`, each by its own choice),
+            `"triton"` (CUDA, one token, bfloat16 or float32; one launch) or `"auto"`: on a GPU `"triton"` for one token
+            in bfloat16, else `"separate"`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown activation or implementation.
+        NotImplementedError: `"triton"` where it cannot do what is asked.
+    """
+    size = x.shape[-1]
+    given = {"x": x, "norm_weight": norm_weight, "kernel": kernel, "residual": residual, "bias": bias}
+    arrays = {name: array.shape for name, array in given.items() if array is not None}
+    expected = {"norm_weight": (size,), "residual": x.shape, "bias": (kernel.shape[-2],)}
+    fits = x.ndim == 2 and kernel.ndim == 2 + (activation is not None) and kernel.shape[-1] == size
+    if not fits or any(arrays.get(name, shape) != shape for name, shape in expected.items()):
+        listed = ", ".join(f"{name} {shape}" for name, shape in arrays.items())
+        raise ValueError(f"norm_linear: shapes do not fit: {listed}")
+    one = x.shape[0] == 1 and x.dtype == kernel.dtype == jnp.bfloat16
+    gpu, reason = ("triton", "one token") if one else ("separate", f"{x.shape[0]} tokens in {x.dtype}")
+    run = select("norm_linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="separate", reason=reason)
+    return run(x, norm_weight, kernel, residual, bias, prefetch, eps=eps, activation=activation)
