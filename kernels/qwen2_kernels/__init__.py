@@ -4,6 +4,7 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 `NotImplementedError` where it cannot do what is asked. Nothing here knows of a mesh, a config or an engine.
 """
 
+from qwen2_kernels.dispatch import by_platform
 from qwen2_kernels.flash_attention.api import flash_attention
 from qwen2_kernels.linear.api import linear
 from qwen2_kernels.norm_linear.api import norm_linear
@@ -11,4 +12,4 @@ from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.write_kv.api import write_kv
 
-__all__ = ["flash_attention", "linear", "norm_linear", "paged_attention", "rms_norm", "write_kv"]
+__all__ = ["by_platform", "flash_attention", "linear", "norm_linear", "paged_attention", "rms_norm", "write_kv"]

@@ -38,9 +38,20 @@ def select(
     return implementations[name]
 
 
+def by_platform(*arrays: Any, gpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Any:
+    """Return what `gpu` or `elsewhere` makes of `arrays`, by the platform that the program runs on.
+
+    Under a mesh the platform is known and only one of them is traced; else both are, and lowering chooses.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.lax.platform_dependent(*arrays, cuda=gpu, default=elsewhere)
+    return (gpu if device.platform in ("gpu", "cuda") else elsewhere)(*arrays)
+
+
 def _by_platform(gpu: Implementation, elsewhere: Implementation, *arrays: Any, **options: Any) -> Any:
-    return jax.lax.platform_dependent(
-        *arrays, cuda=functools.partial(gpu, **options), default=functools.partial(elsewhere, **options)
+    return by_platform(
+        *arrays, gpu=functools.partial(gpu, **options), elsewhere=functools.partial(elsewhere, **options)
     )
 
 

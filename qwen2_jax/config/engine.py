@@ -157,7 +157,7 @@ class EngineConfig:
             block_size=self.cache.block_size or (64 if gpu else 16),
             max_logprobs=model.vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, model.vocab_size),
             smallest_batch=8 if gpu else 4,
-            bucket_growth=2 if gpu else 4,
+            decode_growth=2 if gpu else 4,
         )
 
 
@@ -174,8 +174,8 @@ class ResolvedConfig:
     max_logprobs: int
     smallest_batch: int
     """Rows of the smallest decode program after that of one row: on a GPU fewer take as long as 8."""
-    bucket_growth: int
-    """How many times the last one each bucket is: compilation time against padding."""
+    decode_growth: int
+    """How many times the last one each decode bucket is: compilation time against padding."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -191,17 +191,23 @@ class ResolvedConfig:
     def decode_buckets(self) -> tuple[int, ...]:
         """R of the decode programs: 1, and sizes from `smallest_batch` on."""
         smallest = min(self.smallest_batch, self.max_num_seqs)
-        return tuple(sorted({1, *_buckets(smallest, self.max_num_seqs, self.bucket_growth)}))
+        return tuple(sorted({1, *_buckets(smallest, self.max_num_seqs, self.decode_growth)}))
 
     @property
     def sample_buckets(self) -> tuple[int, ...]:
-        """R of the programs that sample behind a prefill: every other decode bucket, for sampling costs little."""
-        return self.decode_buckets[::-1][::2][::-1]
+        """R of the programs that sample behind a prefill: few of the decode buckets, for sampling costs little."""
+        return tuple(sorted({1, *self.decode_buckets[::-3]}))
 
     @property
     def prefill_buckets(self) -> tuple[int, ...]:
-        """T of the prefill programs; R of each is `prefill_rows(T)`."""
-        return _buckets(min(32, self.max_num_batched_tokens), self.max_num_batched_tokens, self.bucket_growth)
+        """T of the prefill programs; R of each is `prefill_rows(T)`.
+
+        Few small ones, for a step of up to some hundred tokens takes as long as its weights' read; finer ones above.
+        """
+        sizes, largest = [32, 128, 512, 1024], self.max_num_batched_tokens
+        while sizes[-1] < largest:
+            sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+        return tuple(sorted({min(size, largest) for size in sizes}))
 
     def prefill_rows(self, tokens: int) -> int:
         """R of the prefill program for `tokens` tokens."""

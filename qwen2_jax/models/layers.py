@@ -55,7 +55,7 @@ class VocabEmbedding(nnx.Module):
 
     def attend(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Return each token's logits in float32, whole on every device."""
-        logits = jnp.einsum("td,vd->tv", x, self.embedding[...], preferred_element_type=jnp.float32)
+        logits = ops.project_vocab(x, self.embedding[...])
         sharding = out_sharding(None, None)
         return logits if sharding is None else jax.sharding.reshard(logits, sharding)
 

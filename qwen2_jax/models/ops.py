@@ -19,6 +19,8 @@ from qwen2_jax.parallel import TP
 HEADS = P(None, TP)  # qkv and q: [T, K, ...]
 POOL = P(None, None, TP)  # [P, B, K, H]
 
+by_platform = kernels.by_platform
+
 KVPair = tuple[Float[Array, "P B K H"], Float[Array, "P B K H"]]
 
 
@@ -132,6 +134,15 @@ def project_rows(
 
     next_specs = [P(None, TP) for _ in next_kernel]
     return _sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)
+
+
+def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Float[Array, "T V"]:
+    """Return each device's share of the logits, float32; no communication."""
+
+    def island(x: Array, embedding: Array) -> Array:
+        return kernels.linear(x, embedding, out_dtype=jnp.dtype(jnp.float32))
+
+    return _sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
 
 
 def _sharded[**A, O](function: Callable[A, O], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[A, O]:

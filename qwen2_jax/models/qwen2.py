@@ -17,7 +17,7 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.layers import DownProj, GateUpProj, Linear, OProj, QKVProj, Qwen2RMSNorm, VocabEmbedding
-from qwen2_jax.models.ops import KVPair, PendingNorm, attention, rms_norm, write_kv_cache
+from qwen2_jax.models.ops import KVPair, PendingNorm, attention, by_platform, rms_norm, write_kv_cache
 from qwen2_jax.models.rope import rope_cos_sin, rope_frequencies
 from qwen2_jax.parallel import HeadLayout, pad_to_multiple
 
@@ -78,7 +78,7 @@ class Qwen2MLP(nnx.Module):
             return self.down_proj.features_first(act(gate) * up), residual
 
         # On a CPU a large left operand is multiplied about twice as fast as a large right one (docs/architecture.md).
-        return jax.lax.platform_dependent(norm, cpu=features_first, default=tokens_first)
+        return by_platform(norm, gpu=tokens_first, elsewhere=features_first)
 
 
 class FlashQwen2Layer(nnx.Module):

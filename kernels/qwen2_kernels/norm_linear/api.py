@@ -33,6 +33,10 @@ def _triton(*arrays: Any, **options: Any) -> tuple[Array, Array]:
     return norm_gemv(*arrays, **options)
 
 
+LARGEST_FUSED_BYTES = 32 << 20
+"""Kernels up to this size are multiplied as fast as launches follow one another; with larger ones, each of their many
+programs normalising the token again costs more than a launch."""
+
 IMPLEMENTATIONS = {"reference": norm_linear_reference, "separate": _separate, "triton": _triton}
 
 
@@ -59,7 +63,7 @@ def norm_linear(
         bias, activation, prefetch: see `linear`.
         implementation: `"reference"`, `"separate"` (the ops `rms_norm` and `linear`, each by its own choice),
             `"triton"` (CUDA, one token, bfloat16 or float32; one launch) or `"auto"`: on a GPU `"triton"` for one token
-            in bfloat16, else `"separate"`.
+            in bfloat16 and a small kernel, else `"separate"`.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown activation or implementation.
@@ -73,7 +77,14 @@ def norm_linear(
     if not fits or any(arrays.get(name, shape) != shape for name, shape in expected.items()):
         listed = ", ".join(f"{name} {shape}" for name, shape in arrays.items())
         raise ValueError(f"norm_linear: shapes do not fit: {listed}")
-    one = x.shape[0] == 1 and x.dtype == kernel.dtype == jnp.bfloat16
-    gpu, reason = ("triton", "one token") if one else ("separate", f"{x.shape[0]} tokens in {x.dtype}")
+    gpu, reason = _choice_on_gpu(x, kernel)
     run = select("norm_linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="separate", reason=reason)
     return run(x, norm_weight, kernel, residual, bias, prefetch, eps=eps, activation=activation)
+
+
+def _choice_on_gpu(x: Array, kernel: Array) -> tuple[str, str]:
+    """Return the implementation for a GPU, and why."""
+    if x.shape[0] > 1 or not x.dtype == kernel.dtype == jnp.bfloat16:
+        return "separate", f"{x.shape[0]} tokens in {x.dtype}"
+    size = kernel.size * kernel.dtype.itemsize
+    return ("triton" if size <= LARGEST_FUSED_BYTES else "separate"), f"one token and {size} bytes"
