@@ -6,10 +6,19 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 
 from qwen2_kernels.dispatch import by_platform
 from qwen2_kernels.flash_attention.api import flash_attention
-from qwen2_kernels.linear.api import linear
+from qwen2_kernels.linear.api import linear, linear_partial
 from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.write_kv.api import write_kv
 
-__all__ = ["by_platform", "flash_attention", "linear", "norm_linear", "paged_attention", "rms_norm", "write_kv"]
+__all__ = [
+    "by_platform",
+    "flash_attention",
+    "linear",
+    "linear_partial",
+    "norm_linear",
+    "paged_attention",
+    "rms_norm",
+    "write_kv",
+]

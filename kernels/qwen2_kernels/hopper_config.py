@@ -67,10 +67,10 @@ def unsupported(
         return f"mosaic: head dimensions 64 and 128, not {q.shape[-1]}"
     if q.shape[0] % ALIGNMENT:
         return f"mosaic: a number of tokens that {ALIGNMENT} divides, not {q.shape[0]}"
-    return _unsupported_gpu()
+    return unsupported_gpu()
 
 
-def _unsupported_gpu() -> str | None:
+def unsupported_gpu() -> str | None:
     """Return why the GPUs cannot run it. Without any, nothing speaks against lowering for one that is elsewhere."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:  # Its model's name is all that is known: H100, H200, GH200 and the like.

@@ -33,12 +33,15 @@ class Qwen2RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(
-        self, x: Float[Array, "T D"], residual: Float[Array, "T D"] | None = None
+        self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None = None
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each."""
+        """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each.
+
+        `x` may be partial sums over S.
+        """
         return ops.rms_norm(x, residual, self.weight[...], self.eps)
 
-    def before(self, x: Float[Array, "T D"], residual: Float[Array, "T D"] | None) -> ops.PendingNorm:
+    def before(self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None) -> ops.PendingNorm:
         """Return the norm of `x + residual` for a projection to carry out."""
         return ops.PendingNorm(x=x, residual=residual, weight=self.weight[...], eps=self.eps)
 
@@ -82,8 +85,8 @@ class OProj(nnx.Module):
     ) -> None:
         self.kernel = weight(rngs, (size, kv_heads, group, head_dim), (None, TP, None, None), std, dtype)
 
-    def __call__(self, x: Float[Array, "T K G H"], gate_up_proj: GateUpProj) -> Float[Array, "T D"]:
-        """Project; one all-reduce. `gate_up_proj` is what follows."""
+    def __call__(self, x: Float[Array, "T K G H"], gate_up_proj: GateUpProj) -> Float[Array, "S T D"]:
+        """Project, partial sums; one all-reduce. `gate_up_proj` is what follows."""
         return ops.project_rows(x, self.kernel[...], gate_up_proj.kernel[...])
 
 
@@ -114,15 +117,15 @@ class DownProj(nnx.Module):
     def __init__(self, intermediate: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kernel = weight(rngs, (size, intermediate), (None, TP), std, dtype)
 
-    def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "T D"]:
-        """Project; one all-reduce."""
+    def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "S T D"]:
+        """Project, partial sums; one all-reduce."""
         return ops.project_rows(x, self.kernel[...])
 
-    def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "T D"]:
+    def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "1 T D"]:
         """Project with the kernel as the left operand; one all-reduce."""
         out = jnp.einsum("df,ft->dt", self.kernel[...], x, out_sharding=out_sharding(None, None))
         # Without the barrier XLA turns the transposed product back into one with the kernel on the right.
-        return jax.lax.optimization_barrier(out).T
+        return jax.lax.optimization_barrier(out).T[None]
 
 
 class Linear(nnx.Module):

@@ -5,6 +5,7 @@ A kernel that XLA cannot look into has no sharding rule; inside the island it se
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxtyping import Float
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.parallel import TP
 
-HEADS = P(None, TP)  # qkv and q: [T, K, ...]
+HEADS = P(None, TP)  # q: [T, K, ...]
+PARTIAL_HEADS = P(None, None, TP)  # qkv: [S, T, K, ...]
 POOL = P(None, None, TP)  # [P, B, K, H]
 
 by_platform = kernels.by_platform
@@ -25,13 +27,16 @@ KVPair = tuple[Float[Array, "P B K H"], Float[Array, "P B K H"]]
 
 
 def write_kv_cache(
-    qkv: Float[Array, "T K G+2 H"],
+    qkv: Float[Array, "S T K G+2 H"],
     bias: Float[Array, "K G+2 H"],
     rope: tuple[Array, Array],
     kv_cache: KVPair,
     batch: StepBatch,
 ) -> tuple[Float[Array, "T K G H"], KVPair]:
-    """Add `bias`, rotate queries and keys by `rope` (cosine and sine, [T, H/2]), write keys and values to the cache."""
+    """Add partial sums and `bias`, rotate queries and keys, and write keys and values to the cache.
+
+    `rope` is cosine and sine, [T, H/2] each.
+    """
     slots = batch.slot_mapping
     if batch.prefill_cache_indices is not None:
         kept = jnp.zeros(slots.shape, bool).at[batch.prefill_cache_indices].set(True)
@@ -40,7 +45,7 @@ def write_kv_cache(
     def island(qkv: Array, bias: Array, *arrays: Array) -> tuple[Array, Array, Array]:
         return kernels.write_kv(qkv, *arrays, bias=bias)
 
-    run = _sharded(island, (HEADS, P(TP), P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
+    run = _sharded(island, (PARTIAL_HEADS, P(TP), P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
     q, k, v = run(qkv, bias, *rope, *kv_cache, slots)
     return q, (k, v)
 
@@ -60,9 +65,9 @@ def attention(
 
 
 def rms_norm(
-    x: Float[Array, "T D"], residual: Float[Array, "T D"] | None, weight: Float[Array, " D"], eps: float
+    x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None, weight: Float[Array, " D"], eps: float
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """Return the norm of `x + residual`, and that sum; every device does the same."""
+    """Return the norm of `x + residual`, and that sum; `x` may be partial sums. Every device does the same."""
 
     def island(x: Array, weight: Array, *residual: Array) -> tuple[Array, Array]:
         return kernels.rms_norm(x, weight, *residual, eps=eps)
@@ -73,9 +78,12 @@ def rms_norm(
 
 @dataclass(frozen=True, kw_only=True)
 class PendingNorm:
-    """The norm of `x + residual`, left to the projection that reads it: a GPU does both in one launch for one token."""
+    """The norm of `x + residual`, left to the projection that reads it: a GPU does both in one launch for one token.
 
-    x: Float[Array, "T D"]
+    `x` may be partial sums over S.
+    """
+
+    x: Float[Array, "*S T D"]
     residual: Float[Array, "T D"] | None
     weight: Float[Array, " D"]
     eps: float
@@ -84,12 +92,11 @@ class PendingNorm:
         self,
         kernel: Float[Array, "N D"] | Float[Array, "2 N D"],
         prefetch: Array | None,
-        *,
-        activation: str | None = None,
-    ) -> tuple[Float[Array, "T N"], Float[Array, "T D"]]:
+        **options: Any,
+    ) -> tuple[Float[Array, "*S T N"], Float[Array, "T D"]]:
         """Return one device's share of the projection, and `x + residual`; `prefetch` is read next."""
         return kernels.norm_linear(
-            self.x, self.weight, kernel, self.residual, eps=self.eps, activation=activation, prefetch=prefetch
+            self.x, self.weight, kernel, self.residual, eps=self.eps, prefetch=prefetch, **options
         )
 
 
@@ -98,14 +105,14 @@ jax.tree_util.register_dataclass(PendingNorm, data_fields=["x", "residual", "wei
 
 def project_qkv(
     norm: PendingNorm, kernel: Float[Array, "K G+2 H D"], o_kernel: Float[Array, "D K G H"]
-) -> tuple[Float[Array, "T K G+2 H"], Float[Array, "T D"]]:
-    """Project to each device's heads, without a bias, and return the residual; no communication."""
+) -> tuple[Float[Array, "S T K G+2 H"], Float[Array, "T D"]]:
+    """Project to each device's heads, without a bias: partial sums; and return the residual. No communication."""
 
     def island(norm: PendingNorm, kernel: Array, o_kernel: Array) -> tuple[Array, Array]:
-        out, residual = norm.project(kernel.reshape(-1, kernel.shape[-1]), o_kernel)
-        return out.reshape(-1, *kernel.shape[:-1]), residual
+        out, residual = norm.project(kernel.reshape(-1, kernel.shape[-1]), o_kernel, partial=True)
+        return out.reshape(*out.shape[:2], *kernel.shape[:-1]), residual
 
-    return _sharded(island, (P(), P(TP), HEADS), (HEADS, P()))(norm, kernel, o_kernel)
+    return _sharded(island, (P(), P(TP), HEADS), (PARTIAL_HEADS, P()))(norm, kernel, o_kernel)
 
 
 def project_gated(
@@ -121,16 +128,18 @@ def project_gated(
 
 def project_rows(
     x: Float[Array, "T *in"], kernel: Float[Array, "D *in"], *next_kernel: Float[Array, "2 F D"]
-) -> Float[Array, "T D"]:
+) -> Float[Array, "S T D"]:
     """Multiply by a kernel whose inputs, from their first axis on, are split over the devices; one all-reduce.
 
-    `next_kernel` is what the layer reads next, if it is known.
+    One device leaves partial sums for the norm behind to add up. `next_kernel` is what the layer reads next, if known.
     """
 
     def island(x: Array, kernel: Array, *next_kernel: Array) -> Array:
-        flat = kernel.reshape(kernel.shape[0], -1)
-        out = kernels.linear(x.reshape(x.shape[0], -1), flat, prefetch=next_kernel[0] if next_kernel else None)
-        return jax.lax.psum(out, TP) if jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1 else out
+        x, kernel = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
+        prefetch = next_kernel[0] if next_kernel else None
+        if jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1:
+            return jax.lax.psum(kernels.linear(x, kernel, prefetch=prefetch), TP)[None]
+        return kernels.linear_partial(x, kernel, prefetch=prefetch)
 
     next_specs = [P(None, TP) for _ in next_kernel]
     return _sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)

@@ -39,8 +39,8 @@ class FlashQwen2Attention(nnx.Module):
 
     def __call__(
         self, norm: PendingNorm, mlp: "Qwen2MLP", rope: tuple[Array, Array], batch: StepBatch, kv_cache: KVPair
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], KVPair]:
-        """Attend; return the result, before its addition, and the residual.
+    ) -> tuple[Float[Array, "S T D"], Float[Array, "T D"], KVPair]:
+        """Attend; return partial sums of the result, and the residual.
 
         `mlp` follows. `rope` is cosine and sine at the tokens' positions, [T, H/2] each.
         """
@@ -60,8 +60,8 @@ class Qwen2MLP(nnx.Module):
         self.down_proj = DownProj(intermediate, config.hidden_size, std=std, dtype=dtype, rngs=rngs)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, norm: PendingNorm) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """Apply the MLP to each token, and return the residual."""
+    def __call__(self, norm: PendingNorm) -> tuple[Float[Array, "S T D"], Float[Array, "T D"]]:
+        """Apply the MLP to each token; return partial sums of the result, and the residual."""
         act = ACTIVATIONS[self.hidden_act]
 
         def tokens_first(norm: PendingNorm) -> tuple[Array, Array]:
@@ -94,13 +94,13 @@ class FlashQwen2Layer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T D"],
+        x: Float[Array, "*S T D"],
         residual: Float[Array, "T D"] | None,
         rope: tuple[Array, Array],
         batch: StepBatch,
         kv_cache: KVPair,
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], KVPair]:
-        """Return the MLP's output, the residual to add to it, and the layer's cache."""
+    ) -> tuple[Float[Array, "S T D"], Float[Array, "T D"], KVPair]:
+        """Return partial sums of the MLP's output, the residual to add to it, and the layer's cache."""
         norm = self.input_layernorm.before(x, residual)
         x, residual, kv_cache = self.self_attn(norm, self.mlp, rope, batch, kv_cache)
         x, residual = self.mlp(self.post_attention_layernorm.before(x, residual))

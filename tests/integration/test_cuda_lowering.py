@@ -26,7 +26,7 @@ MODEL = ModelConfig.from_hf(
 
 
 @pytest.mark.parametrize(
-    "name, size, has_mosaic", [("decode_greedy", 1, False), ("decode_greedy", 64, False), ("prefill", 256, True)]
+    "name, size, has_mosaic", [("decode_greedy", 1, False), ("decode_greedy", 64, True), ("prefill", 256, True)]
 )
 def test_a_step_lowers_through_the_kernels(name: str, size: int, has_mosaic: bool) -> None:
     text = lower_step(MODEL, name, size, max_model_len=2048).as_text()

@@ -68,9 +68,26 @@ def test_one_launch(kind: str, residual: bool) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference", "separate"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_partial_sums_in_and_out(tokens: int, implementation: str) -> None:
+    arguments = draw(tokens, "plain", residual=True)
+    parts = np.stack([arguments["x"] - 1, np.ones_like(arguments["x"])])
+    given = to_arrays(arguments | {"x": parts})
+    out, total = norm_linear(**given, eps=EPS, partial=True, implementation=implementation)
+    expected = formula(**arguments)
+    np.testing.assert_allclose(out.sum(axis=0), expected[0], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(total, expected[1], rtol=1e-5, atol=2e-5)
+
+
+def test_partial_sums_have_no_epilogue() -> None:
+    with pytest.raises(ValueError, match="partial sums have neither bias nor activation"):
+        norm_linear(**to_arrays(draw(2, "bias", residual=True)), eps=EPS, partial=True)
+
+
 def test_one_launch_is_for_one_token() -> None:
     arguments = to_arrays(draw(2, "plain", residual=True))
-    with pytest.raises(NotImplementedError, match="'triton' takes one token, not 2"):
+    with pytest.raises(NotImplementedError, match=r"'triton' takes one token, not \(2, 96\)"):
         norm_linear(**arguments, eps=EPS, implementation="triton")
 
 

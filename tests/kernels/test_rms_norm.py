@@ -111,3 +111,21 @@ def test_what_is_not_there_is_refused() -> None:
         rms_norm(x, weight, eps=EPS, implementation="triton")
     with pytest.raises(ValueError, match="no implementation 'cuda'; use one of auto, reference, xla, triton"):
         rms_norm(x, weight, eps=EPS, implementation="cuda")
+
+
+@RESIDUAL
+@pytest.mark.parametrize("implementation", sorted(api.IMPLEMENTATIONS))
+def test_partial_sums_are_added_first(implementation: str, residual: bool) -> None:
+    arrays = {name: jnp.asarray(array) for name, array in draw(5, 96, residual=residual).items()}
+    parts = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 96), np.float32))
+    arguments = arrays | {"x": parts.at[0].set(arrays["x"] - parts[1] - parts[2])}
+    with triton_interpreter():
+        found = rms_norm(**arguments, eps=EPS, implementation=implementation)
+    for one, other in zip(found, rms_norm(**arrays, eps=EPS, implementation="reference"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_results_of_partial_sums_have_the_weights_dtype() -> None:
+    normed, total = rms_norm(jnp.ones((2, 3, 8)), jnp.ones(8, jnp.bfloat16), eps=EPS)
+    assert normed.dtype == total.dtype == jnp.bfloat16
+    assert normed.shape == total.shape == (3, 8)

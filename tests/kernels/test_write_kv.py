@@ -130,6 +130,21 @@ def test_a_bias_is_added_first(implementation: str) -> None:
 
 
 @IMPLEMENTATION
+def test_partial_sums_are_added_first(implementation: str) -> None:
+    qkv, cos, sin = draw(3)
+    rng = np.random.default_rng(0)
+    bias, parts = (
+        rng.standard_normal(qkv.shape[1:]).astype(np.float32),
+        rng.standard_normal((3, *qkv.shape), np.float32),
+    )
+    parts[0] = qkv - parts[1] - parts[2]
+    slots = [7, -1, 0]
+    found = write(implementation, (parts, cos, sin), slots, bias=bias)
+    for one, other in zip(found, write("reference", (qkv, cos, sin), slots, bias=bias), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@IMPLEMENTATION
 @pytest.mark.parametrize("slots", [[-1], [4, -1]])
 def test_padding_is_never_written(slots: list[int], implementation: str) -> None:
     qkv, cos, sin = draw(len(slots))

@@ -2,13 +2,17 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from qwen2_kernels.dispatch import select
+from qwen2_kernels.launch import has_triton
 from qwen2_kernels.linear.activations import ACTIVATIONS
 from qwen2_kernels.linear.config import GEMV_MAX_TOKENS, Config, tuning_key
+from qwen2_kernels.linear.mosaic_config import MosaicConfig
+from qwen2_kernels.linear.mosaic_support import supported
 from qwen2_kernels.linear.reference import linear_reference
 from qwen2_kernels.linear.xla import linear_xla
 from qwen2_kernels.tuning import tuned
@@ -20,7 +24,18 @@ def _triton(*arrays: Any, **options: Any) -> Array:
     return linear_triton(*arrays, **options)
 
 
-IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton}
+def _mosaic(*arrays: Any, **options: Any) -> Array:
+    from qwen2_kernels.linear.mosaic import linear_mosaic
+
+    return linear_mosaic(*arrays, **options)
+
+
+IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton, "mosaic": _mosaic}
+MOSAIC_TOKENS = (2, 256)
+"""The tokens for which the Mosaic kernel beats XLA's products."""
+MOSAIC_MAX_FEATURES = 65536
+"""Of so many features on, XLA's products are at the limit themselves."""
+CONFIGS = {"triton": Config, "mosaic": MosaicConfig}
 
 
 def linear(
@@ -35,7 +50,7 @@ def linear(
     prefetch: Array | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str = "auto",
-    config: Config | None = None,
+    config: Config | MosaicConfig | None = None,
 ) -> Float[Array, "T N"]:
     """Return `rms_norm(x) @ kernel.T + bias + residual`, or the gated `act(x @ kernel[0].T) * (x @ kernel[1].T)`.
 
@@ -52,21 +67,22 @@ def linear(
         prefetch: the kernel that the next projection reads. A hint: on a GPU its first bytes are on their way to the
             cache while this projection ends and the next is launched.
         out_dtype: the result's dtype; None means `x`'s.
-        implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32) or `"auto"`: on a GPU and in
-            bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists; XLA otherwise.
-        config: the Triton kernel's tiles, for tuning; only with `implementation="triton"`.
+        implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32), `"mosaic"` (Hopper, bfloat16)
+            or `"auto"`: on a GPU and in bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists,
+            Mosaic for 2 to 256 tokens on Hopper unless the kernel is a vocabulary; XLA otherwise.
+        config: a kernel's tiles, for tuning: a `Config` for `"triton"`, a `MosaicConfig` for `"mosaic"`.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown activation or implementation.
-        NotImplementedError: `"triton"` where it cannot do what is asked.
+        NotImplementedError: `"triton"` or `"mosaic"` where it cannot do what is asked.
     """
     gated = activation is not None
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     _check_shapes(x, kernel, norm_weight, bias, residual, gated=gated)
-    if config is not None and implementation != "triton":
-        raise ValueError(f"linear: config is for implementation='triton', not {implementation!r}")
-    gpu, reason = _choice_on_gpu(x, kernel, gated=gated)
+    if config is not None and not isinstance(config, CONFIGS.get(implementation, ())):
+        raise ValueError(f"linear: a {type(config).__name__} is not for implementation={implementation!r}")
+    gpu, reason = _choice_on_gpu(x, kernel, activation)
     run = select("linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     extra = {} if config is None else {"config": config}
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -75,14 +91,56 @@ def linear(
     )
 
 
-def _choice_on_gpu(x: Array, kernel: Array, *, gated: bool) -> tuple[str, str]:
-    """Return the implementation for a GPU and why: XLA's products of several tokens are beaten only where measured."""
+def linear_partial(
+    x: Float[Array, "T D"],
+    kernel: Float[Array, "N D"],
+    *,
+    prefetch: Array | None = None,
+    implementation: str = "auto",
+    config: MosaicConfig | None = None,
+) -> Float[Array, "S T N"]:
+    """Return partial sums of `x @ kernel.T`, for who reads them to add up over S.
+
+    Args:
+        x: the tokens. NaN in one of them (padding) reaches no other.
+        kernel: the weights in Hugging Face's layout, [out, in].
+        prefetch: see `linear`.
+        implementation: `"mosaic"` (Hopper, bfloat16; float32 sums), `"whole"` (what `linear` gives, S = 1), or
+            `"auto"`: `"mosaic"` where `linear` would choose it and the program is traced for a mesh of such GPUs.
+        config: the Mosaic kernel's tiles, for tuning; S is its `split_k`.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown implementation, or a config that does not fit.
+        NotImplementedError: what the Mosaic kernel cannot do.
+    """
+    _check_shapes(x, kernel, None, None, None, gated=False)
+    if implementation == "auto":
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        splits = device is not None and device.platform == "gpu" and has_triton()
+        splits = splits and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
+        implementation = "mosaic" if splits else "whole"
+    if implementation == "whole":
+        return linear(x, kernel, prefetch=prefetch)[None]
+    if implementation != "mosaic":
+        raise ValueError(f"linear_partial has no implementation {implementation!r}; use one of auto, mosaic, whole")
+    from qwen2_kernels.linear.mosaic import linear_partial_mosaic
+
+    return linear_partial_mosaic(x, kernel, config=config)
+
+
+def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str, str]:
+    """Return the implementation for a GPU and why."""
     if not x.dtype == kernel.dtype == jnp.bfloat16:
         return "xla", f"{x.dtype} with {kernel.dtype}"
     if x.shape[0] <= GEMV_MAX_TOKENS:
         return "triton", "one token"
-    key = tuning_key(x.shape[0], kernel.shape[-2], kernel.shape[-1], gated=gated)
-    return ("triton", "tuned") if tuned("linear", key, Config, None) is not None else ("xla", "not tuned")
+    key = tuning_key(x.shape[0], kernel.shape[-2], kernel.shape[-1], gated=activation is not None)
+    if tuned("linear", key, Config, None) is not None:
+        return "triton", "tuned"
+    if not MOSAIC_TOKENS[0] <= x.shape[0] <= MOSAIC_TOKENS[1] or kernel.shape[-2] >= MOSAIC_MAX_FEATURES:
+        return "xla", f"{x.shape[0]} tokens, {kernel.shape[-2]} features"
+    reason = supported(x, kernel, activation)
+    return ("mosaic", "few tokens on Hopper") if reason is None else ("xla", reason)
 
 
 def _check_shapes(

@@ -29,19 +29,20 @@ def norm_gemv(
     *,
     eps: float,
     activation: str | None,
+    partial: bool,
 ) -> tuple[Array, Array]:
     """Multiply one token, normalised after `stream` was added to it, by a kernel; also return that sum.
 
-    `NotImplementedError` for several tokens; shapes and dtypes as `linear_triton` takes them.
+    `NotImplementedError` for several tokens or partial sums; shapes and dtypes as `linear_triton` takes them.
     """
+    if x.ndim == 3 or x.shape[0] > 1:
+        raise NotImplementedError(f"norm_linear: 'triton' takes one token, not {x.shape}")
     tokens, size = x.shape
-    if tokens > 1:
-        raise NotImplementedError(f"norm_linear: 'triton' takes one token, not {tokens}")
     _check_dtypes(x, kernel)
     config = _config((tokens, kernel.shape[-2], size), gated=activation is not None)
     more = (norm_weight, bias, None, stream, prefetch)
     out, total = _run_gemv(x, kernel, *more, eps=eps, activation=activation, out_dtype=x.dtype, config=config)
-    return out, x if stream is None else total
+    return out[None] if partial else out, x if stream is None else total
 
 
 def linear_triton(

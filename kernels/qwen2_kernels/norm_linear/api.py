@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from qwen2_kernels.dispatch import select
-from qwen2_kernels.linear.api import linear
+from qwen2_kernels.linear.api import linear, linear_partial
 from qwen2_kernels.norm_linear.reference import norm_linear_reference
 from qwen2_kernels.rms_norm.api import rms_norm
 
@@ -22,8 +22,11 @@ def _separate(
     *,
     eps: float,
     activation: str | None,
+    partial: bool,
 ) -> tuple[Array, Array]:
     normed, total = rms_norm(x, norm_weight, residual, eps=eps)
+    if partial:
+        return linear_partial(normed, kernel, prefetch=prefetch), total
     return linear(normed, kernel, bias=bias, activation=activation, prefetch=prefetch), total
 
 
@@ -41,7 +44,7 @@ IMPLEMENTATIONS = {"reference": norm_linear_reference, "separate": _separate, "t
 
 
 def norm_linear(
-    x: Float[Array, "T D"],
+    x: Float[Array, "T D"] | Float[Array, "P T D"],
     norm_weight: Float[Array, " D"],
     kernel: Float[Array, "N D"] | Float[Array, "2 N D"],
     residual: Float[Array, "T D"] | None = None,
@@ -50,17 +53,19 @@ def norm_linear(
     bias: Float[Array, " N"] | None = None,
     activation: str | None = None,
     prefetch: Array | None = None,
+    partial: bool = False,
     implementation: str = "auto",
-) -> tuple[Float[Array, "T N"], Float[Array, "T D"]]:
+) -> tuple[Float[Array, "T N"] | Float[Array, "S T N"], Float[Array, "T D"]]:
     """Return `(linear(rms_norm(total)), total)`, where `total` is `x + residual`.
 
     Args:
-        x: the tokens. NaN in one of them (padding) reaches no other.
+        x: the tokens, or partial sums of them, see `rms_norm`. NaN in one (padding) reaches no other.
         norm_weight: the norm's weight, see `rms_norm`.
         kernel: the projection's weights, see `linear`.
         residual: added to `x` first; None leaves `x` as `total`.
         eps: what the norm adds to the mean square.
         bias, activation, prefetch: see `linear`.
+        partial: return what `linear_partial` does, without bias and activation.
         implementation: `"reference"`, `"separate"` (the ops `rms_norm` and `linear`, each by its own choice),
             `"triton"` (CUDA, one token, bfloat16 or float32; one launch) or `"auto"`: on a GPU `"triton"` for one token
             in bfloat16 and a small kernel, else `"separate"`.
@@ -72,19 +77,21 @@ def norm_linear(
     size = x.shape[-1]
     given = {"x": x, "norm_weight": norm_weight, "kernel": kernel, "residual": residual, "bias": bias}
     arrays = {name: array.shape for name, array in given.items() if array is not None}
-    expected = {"norm_weight": (size,), "residual": x.shape, "bias": (kernel.shape[-2],)}
-    fits = x.ndim == 2 and kernel.ndim == 2 + (activation is not None) and kernel.shape[-1] == size
+    expected = {"norm_weight": (size,), "residual": x.shape[-2:], "bias": (kernel.shape[-2],)}
+    fits = x.ndim in (2, 3) and kernel.ndim == 2 + (activation is not None) and kernel.shape[-1] == size
     if not fits or any(arrays.get(name, shape) != shape for name, shape in expected.items()):
         listed = ", ".join(f"{name} {shape}" for name, shape in arrays.items())
         raise ValueError(f"norm_linear: shapes do not fit: {listed}")
+    if partial and (bias is not None or activation is not None):
+        raise ValueError("norm_linear: partial sums have neither bias nor activation")
     gpu, reason = _choice_on_gpu(x, kernel)
     run = select("norm_linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="separate", reason=reason)
-    return run(x, norm_weight, kernel, residual, bias, prefetch, eps=eps, activation=activation)
+    return run(x, norm_weight, kernel, residual, bias, prefetch, eps=eps, activation=activation, partial=partial)
 
 
 def _choice_on_gpu(x: Array, kernel: Array) -> tuple[str, str]:
     """Return the implementation for a GPU, and why."""
-    if x.shape[0] > 1 or not x.dtype == kernel.dtype == jnp.bfloat16:
-        return "separate", f"{x.shape[0]} tokens in {x.dtype}"
+    if x.ndim == 3 or x.shape[0] > 1 or not x.dtype == kernel.dtype == jnp.bfloat16:
+        return "separate", f"{x.shape[-2]} tokens in {x.dtype}"
     size = kernel.size * kernel.dtype.itemsize
     return ("triton" if size <= LARGEST_FUSED_BYTES else "separate"), f"one token and {size} bytes"

@@ -16,10 +16,14 @@ def norm_linear_reference(
     *,
     eps: float,
     activation: str | None,
+    partial: bool,
 ) -> tuple[Array, Array]:
     """See `api.norm_linear`."""
-    total = x.astype(jnp.float32) + (0.0 if residual is None else residual.astype(jnp.float32))
+    total = x.astype(jnp.float32)
+    total = total.sum(axis=0) if x.ndim == 3 else total
+    total = total if residual is None else total + residual.astype(jnp.float32)
+    dtype = norm_weight.dtype if x.ndim == 3 else x.dtype
     out = linear_reference(
-        total, kernel, norm_weight, bias, None, prefetch, eps=eps, activation=activation, out_dtype=x.dtype
+        total, kernel, norm_weight, bias, None, prefetch, eps=eps, activation=activation, out_dtype=dtype
     )
-    return out, total.astype(x.dtype)
+    return out[None] if partial else out, total.astype(dtype)

@@ -1,7 +1,8 @@
 """`paged_attention` for rows with one query: split-KV Triton kernels.
 
-A program reads one chunk of one row's context for one KV head, whose G query heads share a tile; with more than one
-chunk a second kernel combines them by their log-sum-exps (Flash-Decoding, Dao et al. 2023).
+A program reads one chunk of one row's context for one KV head, whose G query heads share a tile. With more than one
+chunk the last program to arrive combines them by their log-sum-exps (Flash-Decoding, Dao et al. 2023), in a fixed
+order: a counter per row and KV head, zero before and after the launch, tells which one is the last.
 """
 
 from dataclasses import dataclass
@@ -57,6 +58,39 @@ def _row(row, context_lens_ptr, starts_ptr, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def _combine(
+    partial_ptr,
+    lse_ptr,
+    first_part,
+    used,
+    head,
+    lane,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    SPLITS_P: tl.constexpr,
+):
+    """Return the weighted sum of `used` partial results, [GP, H]. Other programs wrote them: the L1 cache is passed."""
+    is_head = head < G
+    split = tl.arange(0, SPLITS_P)
+    present = (split < used)[:, None] & is_head[None, :]
+    every = (first_part + split)[:, None] * G + head[None, :]
+    lse = tl.load(lse_ptr + every, mask=present, other=float("-inf"), cache_modifier=".cg")
+    top = tl.where(is_head, tl.max(lse, 0), 0.0)
+    total = tl.sum(tl.exp2(lse - top[None, :]), 0)
+    out = tl.zeros([head.shape[0], lane.shape[0]], tl.float32)
+    for base in tl.range(0, used, 4):
+        few = base + tl.arange(0, 4)
+        is_part = (few < used)[:, None] & is_head[None, :]
+        part = (first_part + few)[:, None] * G + head[None, :]
+        weights = tl.load(lse_ptr + part, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.exp2(weights - top[None, :])
+        cells = partial_ptr + part[:, :, None] * H + lane[None, None, :]
+        values = tl.load(cells, mask=is_part[:, :, None], other=0.0, cache_modifier=".cg")
+        out += tl.sum(values * weights[:, :, None], 0)
+    return out / tl.where(is_head, total, 1.0)[:, None]
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     k_pool_ptr,
@@ -64,7 +98,9 @@ def _decode_kernel(
     block_tables_ptr,
     context_lens_ptr,
     starts_ptr,
+    counters_ptr,
     out_ptr,
+    partial_ptr,
     lse_ptr,
     logit_scale: tl.constexpr,
     v_scale: tl.constexpr,
@@ -76,12 +112,13 @@ def _decode_kernel(
     GP: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLITS_P: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     RAGGED: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Grid (K, splits, R). `out` is [T, K, G, H], or partial results float32 [R, K, SPLITS, G, H] with their lse."""
+    """Grid (K, splits, R). `out` is [T, K, G, H]; partial results are float32 [R, K, SPLITS, G, H] with their lse."""
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context, token, is_single = _row(row, context_lens_ptr, starts_ptr, RAGGED)  # pyright: ignore
     first, chunk = _span(context, WINDOW, SPLITS, MIN_CHUNK, BN)
@@ -91,9 +128,8 @@ def _decode_kernel(
     head = tl.arange(0, GP)
     lane = tl.arange(0, H)
     is_head = head < G
-    active = is_single if SPLITS == 1 else start < stop
-    if active:
-        query = (token.to(tl.int64) * K + kv_head) * G * H + head[:, None] * H + lane[None, :]
+    query = (token.to(tl.int64) * K + kv_head) * G * H + head[:, None] * H + lane[None, :]
+    if is_single & ((split == 0) | (start < stop)):
         q = tl.load(q_ptr + query, mask=is_head[:, None], other=0.0).to(COMPUTE)
         top = tl.full([GP], float("-inf"), tl.float32)
         total = tl.full([GP], 0.0, tl.float32)
@@ -116,48 +152,19 @@ def _decode_kernel(
             acc = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), acc * decay[:, None], input_precision="ieee")
             top = new_top
         acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
-        if SPLITS == 1:
+        used = 1 if SPLITS == 1 else tl.cdiv(context - first, chunk)
+        if used <= 1:
             tl.store(out_ptr + query, acc.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
         else:
-            part = ((row * K + kv_head) * SPLITS + split).to(tl.int64) * G
-            tl.store(out_ptr + (part + head)[:, None] * H + lane[None, :], acc, mask=is_head[:, None])
-            tl.store(lse_ptr + part + head, top + tl.log2(total), mask=is_head)
-
-
-@triton.jit
-def _combine_kernel(
-    partial_ptr,
-    lse_ptr,
-    context_lens_ptr,
-    starts_ptr,
-    out_ptr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    BN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """Grid (K * G, R): the weighted sum of a head's partial results."""
-    head, row = tl.program_id(0), tl.program_id(1)
-    context, token, is_single = _row(row, context_lens_ptr, starts_ptr, RAGGED)  # pyright: ignore
-    first, chunk = _span(context, WINDOW, SPLITS, MIN_CHUNK, BN)
-    lane = tl.arange(0, H)
-    if is_single:
-        used = tl.cdiv(context - first, chunk)
-        split = tl.arange(0, SPLITS_P)
-        present = split < used
-        part = ((row * K + head // G) * SPLITS + split).to(tl.int64) * G + head % G
-        lse = tl.load(lse_ptr + part, mask=present, other=float("-inf"))
-        top = tl.max(lse, 0)
-        weights = tl.where(present, tl.exp2(lse - top), 0.0)
-        weights = weights / tl.maximum(tl.sum(weights, 0), 1e-30)
-        partial = tl.load(partial_ptr + part[:, None] * H + lane[None, :], mask=present[:, None], other=0.0)
-        out = tl.sum(partial * weights[:, None], 0)
-        tl.store(out_ptr + (token.to(tl.int64) * K * G + head) * H + lane, out.to(out_ptr.dtype.element_ty))
+            pair = (row * K + kv_head).to(tl.int64)
+            part = (pair * SPLITS + split) * G + head
+            tl.store(partial_ptr + part[:, None] * H + lane[None, :], acc, mask=is_head[:, None])
+            tl.store(lse_ptr + part, top + tl.log2(total), mask=is_head)
+            tl.debug_barrier()  # every warp's part is written before the program says so
+            if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == used - 1:
+                tl.store(counters_ptr + pair, 0)
+                out = _combine(partial_ptr, lse_ptr, pair * SPLITS, used, head, lane, G, H, SPLITS_P)
+                tl.store(out_ptr + query, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
 
 
 def decode_attention(
@@ -186,44 +193,37 @@ def decode_attention(
     starts = query_start_loc if ragged else context_lens
     splits = config.num_splits
     compute = compute_type(q.dtype, k_pool.dtype)
-    shared: dict[str, Any] = dict(
-        K=kv_heads, G=group, H=head_dim, BN=config.block_n, SPLITS=splits, MIN_CHUNK=config.min_chunk
-    )
-    shared |= dict(WINDOW=window, RAGGED=ragged)
-    kernel_options: dict[str, Any] = dict(
+    options: dict[str, Any] = dict(
         kernel=_decode_kernel,
         grid=(kv_heads, splits, rows),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         logit_scale=scale * k_scale * LOG2E,
         v_scale=v_scale,
+        K=kv_heads,
+        G=group,
+        H=head_dim,
         B=k_pool.shape[1],
         M=blocks,
+        BN=config.block_n,
+        SPLITS=splits,
+        SPLITS_P=triton.next_power_of_2(splits),
+        MIN_CHUNK=config.min_chunk,
+        WINDOW=window,
+        RAGGED=ragged,
         GP=max(16, triton.next_power_of_2(group)),
         COMPUTE=compute,
     )
-    inputs = (q, k_pool, v_pool, block_tables, context_lens, starts)
-    lse_shape = jax.ShapeDtypeStruct((rows, kv_heads, splits, group), jnp.float32)
-    out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    if splits == 1:
-        if out is None:
-            return triton_call(*inputs, out_type=(out_shape, lse_shape), **kernel_options, **shared)[0]
-        ref = jax.new_ref(out)
-        triton_call(*inputs, ref, out_type=lse_shape, **kernel_options, **shared)
-        return jax.freeze(ref)
+    # One array of zeros serves every layer of a step: the last program of a pair leaves a zero behind.
+    counters = jnp.zeros((rows * kv_heads if splits > 1 else 1,), jnp.int32)
+    inputs = (q, k_pool, v_pool, block_tables, context_lens, starts, counters)
+    lse_shape = jax.ShapeDtypeStruct((rows, kv_heads, splits, group) if splits > 1 else (1,), jnp.float32)
     partial_shape = jax.ShapeDtypeStruct((*lse_shape.shape, head_dim), jnp.float32)
-    partial, lse = triton_call(*inputs, out_type=(partial_shape, lse_shape), **kernel_options, **shared)
-    combine_options: dict[str, Any] = dict(
-        kernel=_combine_kernel,
-        grid=(kv_heads * group, rows),
-        num_warps=1 if splits <= 8 else 4,
-        num_stages=1,
-        SPLITS_P=triton.next_power_of_2(splits),
-    )
     if out is None:
-        return triton_call(partial, lse, context_lens, starts, out_type=out_shape, **combine_options, **shared)
+        out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return triton_call(*inputs, out_type=(out_shape, partial_shape, lse_shape), **options)[0]
     ref = jax.new_ref(out)
-    triton_call(partial, lse, context_lens, starts, ref, **combine_options, **shared)
+    triton_call(*inputs, ref, out_type=(partial_shape, lse_shape), **options)
     return jax.freeze(ref)
 
 

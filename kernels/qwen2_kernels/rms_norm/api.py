@@ -21,7 +21,7 @@ IMPLEMENTATIONS = {"reference": rms_norm_reference, "xla": rms_norm_xla, "triton
 
 
 def rms_norm(
-    x: Float[Array, "T D"],
+    x: Float[Array, "T D"] | Float[Array, "S T D"],
     weight: Float[Array, " D"],
     residual: Float[Array, "T D"] | None = None,
     *,
@@ -35,7 +35,8 @@ def rms_norm(
     layer before it (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization").
 
     Args:
-        x: the tokens. NaN in one of them (padding) reaches no other.
+        x: the tokens, or partial sums over S of them (`linear_partial`), whose results have `weight`'s dtype. NaN in
+            one token (padding) reaches no other.
         weight: what each feature is multiplied by.
         residual: added to `x` first; None leaves `x` as `total`.
         eps: what the norm adds to the mean square.
@@ -46,7 +47,9 @@ def rms_norm(
         NotImplementedError: `"triton"` where it cannot do what is asked.
     """
     arrays = {"x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
-    if x.ndim != 2 or 0 in x.shape or weight.shape != x.shape[1:] or arrays.get("residual", x).shape != x.shape:
+    tokens = x.shape[-2:]
+    fits = x.ndim in (2, 3) and 0 not in x.shape and weight.shape == tokens[1:]
+    if not fits or arrays.get("residual", x).shape[-2:] != tokens or (residual is not None and residual.ndim != 2):
         raise ValueError(f"rms_norm: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in arrays.items())}")
     known = x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
     gpu, reason = ("triton", "one launch for sum and norm") if known else ("xla", f"{x.dtype} is not for Triton")

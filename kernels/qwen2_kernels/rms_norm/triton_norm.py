@@ -16,12 +16,14 @@ def rms_norm_kernel(
     residual_ptr,
     normed_ptr,
     total_ptr,
+    part_size,
+    PARTS: tl.constexpr,
     D: tl.constexpr,
     EPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x, residual, normed and total [T, D], weight [D]; grid (T).
+    """x [PARTS, T, D], residual, normed and total [T, D], weight [D]; part_size is T * D; grid (T).
 
     BLOCK_D is D's next power of two: the columns past D are zeros, which add nothing to the mean.
     """
@@ -31,6 +33,8 @@ def rms_norm_kernel(
     # All reads start before the first of them is needed.
     total = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        total += tl.load(x_ptr + part * part_size + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=inside)
@@ -46,20 +50,22 @@ def rms_norm_triton(x: Array, weight: Array, residual: Array | None, *, eps: flo
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"rms_norm: 'triton' takes bfloat16, float16 or float32, not {x.dtype}")
-    tokens, size = x.shape
+    tokens, size = x.shape[-2:]
     block = 1 << (size - 1).bit_length()
-    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    result = jax.ShapeDtypeStruct((tokens, size), weight.dtype if x.ndim == 3 else x.dtype)
     return triton_call(
         x,
         weight,
         # A residual that is not there is never read: `x` stands in for it.
         x if residual is None else residual,
         kernel=rms_norm_kernel,
-        out_type=(like_x, like_x),
+        out_type=(result, result),
         grid=(tokens,),
         # Sixteen features a thread, two wide reads of each array: enough in flight for one token as for thousands.
         num_warps=min(max(block // 512, 1), 16),
         num_stages=1,
+        part_size=tokens * size,
+        PARTS=x.shape[0] if x.ndim == 3 else 1,
         D=size,
         EPS=eps,
         HAS_RESIDUAL=residual is not None,

@@ -8,8 +8,11 @@ from jax import Array
 def rms_norm_xla(x: Array, weight: Array, residual: Array | None, *, eps: float) -> tuple[Array, Array]:
     """See `api.rms_norm`."""
     total = x.astype(jnp.float32)
+    dtype = x.dtype
+    if x.ndim == 3:
+        total, dtype = total.sum(axis=0), weight.dtype
     if residual is not None:
         total = total + residual.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(total), axis=-1, keepdims=True) + eps)
     normed = total * scale * weight.astype(jnp.float32)[None, :]
-    return normed.astype(x.dtype), total.astype(x.dtype)
+    return normed.astype(dtype), total.astype(dtype)

@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {"reference": write_kv_reference, "xla": write_kv_xla, "triton
 
 
 def write_kv(
-    qkv: Float[Array, "T K G+2 H"],
+    qkv: Float[Array, "T K G+2 H"] | Float[Array, "S T K G+2 H"],
     cos: Float[Array, "T H/2"],
     sin: Float[Array, "T H/2"],
     k_pool: Float[Array, "P B K H"],
@@ -35,7 +35,8 @@ def write_kv(
     """Rotate a step's queries and keys, and write its keys and values into the pools.
 
     Args:
-        qkv: the fused projection, per KV head its G query heads, then its key, then its value.
+        qkv: the fused projection, per KV head its G query heads, then its key, then its value; or partial sums of it
+            over S (`linear_partial`), which need a `bias`, whose dtype the queries then have.
         cos, sin: the rotary angles' cosine and sine at each token's position, float32.
         k_pool, v_pool: P blocks of B slots; donate them, so that the write is in place. A value is divided by its
             scale, and in 8 bits (float8_e4m3fn) clipped to the type's range.
@@ -52,17 +53,18 @@ def write_kv(
 
     The rotation is the half-split one of Hugging Face's `apply_rotary_pos_emb`, in float32 with one rounding.
     """
-    tokens, kv_heads, slots, head_dim = qkv.shape
+    tokens, kv_heads, slots, head_dim = qkv.shape[-4:]
     shapes = {"qkv": qkv, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool, "slot_mapping": slot_mapping}
     shapes |= {} if bias is None else {"bias": bias}
     if (
         slots < 3
+        or (qkv.ndim == 5 and bias is None)
         or head_dim % 2
         or not cos.shape == sin.shape == (tokens, head_dim // 2)
         or k_pool.shape[2:] != (kv_heads, head_dim)
         or k_pool.shape != v_pool.shape
         or slot_mapping.shape != (tokens,)
-        or (bias is not None and bias.shape != qkv.shape[1:])
+        or (bias is not None and bias.shape != qkv.shape[-3:])
     ):
         raise ValueError(f"write_kv: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in shapes.items())}")
     gpu, reason = "triton", "one launch that writes in place"

@@ -19,9 +19,10 @@ def write_kv_reference(
 ) -> tuple[Array, Array, Array]:
     """See `api.write_kv`."""
     half = qkv.shape[-1] // 2
-    wide = qkv.astype(jnp.float32)
+    wide, dtype = qkv.astype(jnp.float32), qkv.dtype
     if bias is not None:
-        wide += bias.astype(jnp.float32)[None]
+        wide = wide if qkv.ndim == 4 else wide.sum(axis=0)
+        wide, dtype = wide + bias.astype(jnp.float32)[None], bias.dtype
     rotated_heads = wide[:, :, :-1]
     pairs = jax.lax.complex(rotated_heads[..., :half], rotated_heads[..., half:])
     pairs = pairs * jax.lax.complex(cos, sin)[:, None, None, :]
@@ -37,8 +38,8 @@ def write_kv_reference(
         written = (k.at[block, offset].set(keys[token]), v.at[block, offset].set(values[token]))
         return jax.tree.map(lambda new, old: jnp.where(slot < 0, old, new), written, pools)
 
-    k_pool, v_pool = jax.lax.fori_loop(0, qkv.shape[0], write, (k_pool, v_pool))
-    return rotated[:, :, :-1].astype(qkv.dtype), k_pool, v_pool
+    k_pool, v_pool = jax.lax.fori_loop(0, wide.shape[0], write, (k_pool, v_pool))
+    return rotated[:, :, :-1].astype(dtype), k_pool, v_pool
 
 
 def _quantise(x: Array, scale: float, dtype: jnp.dtype) -> Array:

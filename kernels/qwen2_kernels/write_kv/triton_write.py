@@ -19,7 +19,9 @@ def _write_kv_kernel(
     k_pool_ptr,
     v_pool_ptr,
     q_ptr,
-    num_tokens: tl.constexpr,
+    num_tokens,
+    part_size,
+    PARTS: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
@@ -30,9 +32,9 @@ def _write_kv_kernel(
     v_inverse_scale: tl.constexpr,
     limit: tl.constexpr,
 ):
-    """qkv [T, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot.
+    """qkv [PARTS, T, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot.
 
-    GP is G+1 as a power of two.
+    GP is G+1 as a power of two, part_size is T * K * (G+2) * H.
     """
     half: tl.constexpr = H // 2
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -49,6 +51,9 @@ def _write_kv_kernel(
     rotates = is_token[:, None, None] & (head < G + 1)[None, :, None]
     low = tl.load(qkv_ptr + source, mask=rotates, other=0.0).to(tl.float32)
     high = tl.load(qkv_ptr + source + half, mask=rotates, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        low += tl.load(qkv_ptr + part * part_size + source, mask=rotates, other=0.0).to(tl.float32)
+        high += tl.load(qkv_ptr + part * part_size + source + half, mask=rotates, other=0.0).to(tl.float32)
     if HAS_BIAS:
         shift = bias_ptr + kv_head * (G + 2) * H + head[:, None] * H + lane[None, :]
         has_shift = (head < G + 1)[:, None]
@@ -74,9 +79,11 @@ def _write_kv_kernel(
     tl.store(k_pool_ptr + key_target + half, key_high.to(pool_type), mask=is_key)
 
     column = tl.arange(0, H)
-    value = tl.load(
-        qkv_ptr + group[:, None] + (G + 1) * H + column[None, :], mask=written[:, None] & is_token[:, None], other=0.0
-    ).to(tl.float32)
+    source = group[:, None] + (G + 1) * H + column[None, :]
+    is_value = written[:, None] & is_token[:, None]
+    value = tl.load(qkv_ptr + source, mask=is_value, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        value += tl.load(qkv_ptr + part * part_size + source, mask=is_value, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias_ptr + (kv_head * (G + 2) + G + 1) * H + column).to(tl.float32)[None, :]
     value = tl.clamp(value * v_inverse_scale, -limit, limit)
@@ -96,7 +103,7 @@ def write_kv_triton(
     v_scale: float,
 ) -> tuple[Array, Array, Array]:
     """See `api.write_kv`. `NotImplementedError` for head dims that are not powers of two."""
-    tokens, kv_heads, slots, head_dim = qkv.shape
+    tokens, kv_heads, slots, head_dim = qkv.shape[-4:]
     if head_dim & (head_dim - 1):
         raise NotImplementedError(f"write_kv: triton needs a head dim that is a power of two, not {head_dim}")
     group = slots - 2
@@ -112,11 +119,13 @@ def write_kv_triton(
         k_ref,
         v_ref,
         kernel=_write_kv_kernel,
-        out_type=jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), qkv.dtype),
+        out_type=jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), qkv.dtype if bias is None else bias.dtype),
         grid=(triton.cdiv(tokens, tile), kv_heads),
         num_warps=4,
         num_stages=1,
         num_tokens=tokens,
+        part_size=tokens * kv_heads * slots * head_dim,
+        PARTS=qkv.shape[0] if qkv.ndim == 5 else 1,
         K=kv_heads,
         G=group,
         H=head_dim,

@@ -20,7 +20,8 @@ def write_kv_xla(
     """See `api.write_kv`."""
     dtype = qkv.dtype
     if bias is not None:
-        qkv = qkv.astype(jnp.float32) + bias.astype(jnp.float32)[None]
+        qkv = qkv.astype(jnp.float32) if qkv.ndim == 4 else qkv.astype(jnp.float32).sum(axis=0)
+        qkv, dtype = qkv + bias.astype(jnp.float32)[None], bias.dtype
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     q = _rotate(q, cos[:, None, None, :], sin[:, None, None, :]).astype(dtype)
     k = _rotate(k, cos[:, None, :], sin[:, None, :])

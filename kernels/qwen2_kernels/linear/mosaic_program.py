@@ -1,0 +1,226 @@
+"""What one program of the Hopper kernel of `linear` does: see `mosaic`.
+
+Pallas Mosaic GPU inserts no barriers here. A stage of the ring in shared memory has a `full` barrier, at which TMA's
+copies arrive, and an `empty` one, at which the warpgroups that have read it do; with a cluster, those of all its
+programs, because each of them writes a part of the others' tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen2_kernels.linear.mosaic_config import ALIGNMENT, MAX_COLUMNS, MosaicConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The work of a launch: tiles of tokens, of output features and of K, dealt out to clusters of programs."""
+
+    config: MosaicConfig
+    tokens: int
+    """T, a multiple of 8 if it is more than 8."""
+    out_features: int
+    in_features: int
+    gated: bool
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of the grid."""
+        return min(self.items, self.config.programs // self.config.cluster)
+
+    @property
+    def tiles_t(self) -> int:
+        """Tiles of tokens."""
+        return -(-self.tokens // self.config.token_tile)
+
+    @property
+    def tiles_n(self) -> int:
+        """Tiles of output features, side by side in clusters."""
+        return -(-self.out_features // (self.config.block_n * self.config.cluster))
+
+    @property
+    def items(self) -> int:
+        """Pieces of work, each a cluster's."""
+        return self.tiles_t * self.tiles_n * self.config.split_k
+
+    @property
+    def steps(self) -> int:
+        """Tiles of K in a piece of work. Behind K's end, they are zeros."""
+        return -(-self.in_features // (self.config.block_k * self.config.split_k))
+
+    @property
+    def copied_tokens(self) -> int:
+        """Tokens of a tile that are copied; the others' sums are not used."""
+        step = ALIGNMENT * self.config.cluster
+        return min(self.config.token_tile, -(-self.tokens // step) * step)
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """How many products a step takes, and how many rows of the kernel each has: gate and up are one if it fits."""
+        columns = self.config.block_n * (1 + self.gated)
+        return (1, columns) if columns <= MAX_COLUMNS else (2, columns // 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A program's buffers in shared memory and their barriers."""
+
+    x: Any
+    """[stages, tokens, block_k]"""
+    weights: Any
+    """[stages, block_n, block_k]; gate above up"""
+    out: Any
+    """[2, tokens, columns]"""
+    full: Any
+    empty: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A tile of the output and its share of K."""
+
+    token: Array
+    feature: Array
+    split: Array
+    turn: Array
+    """Pieces of work that the program has done before."""
+
+
+def program(x_gmem: Any, kernel_gmem: Any, out_gmem: Any, *, plan: Plan, **scratch: Any) -> None:
+    """Run one program: x [T, K], kernel [N, K] or [2, N, K], out [T, N] or [split_k, T, N]."""
+    shared = Shared(**scratch)
+    consumers = plan.config.consumers
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == consumers)
+    def _producer() -> None:
+        if consumers > 1:
+            plgpu.set_max_registers(24 if consumers == 2 else 32, action="decrease")
+        _produce(x_gmem, kernel_gmem, shared, plan)
+
+    @pl.when(warpgroup < consumers)
+    def _consumer() -> None:
+        if consumers > 1:
+            plgpu.set_max_registers(240 if consumers == 2 else 160, action="increase")
+        _consume(out_gmem, shared, plan, warpgroup)
+
+
+def _for_each_item(plan: Plan, body: Any) -> Array:
+    """Call `body(item)` for this cluster's pieces of work and return the steps that they take."""
+    cluster = lax.axis_index("program")
+    rank = lax.axis_index("cluster") if plan.config.cluster > 1 else 0
+    full, left = divmod(plan.items, plan.clusters)
+    turns = jnp.int32(full) if left == 0 else full + (cluster < left).astype(jnp.int32)
+
+    def deal(turn: Array, _: None) -> None:
+        # Tiles of the same rows of the kernel run side by side, so that the cache serves all but one of them.
+        rest, tile_t = _divide(cluster + turn * plan.clusters, plan.tiles_t)
+        split, tile_n = _divide(rest, plan.tiles_n)
+        feature = (tile_n * plan.config.cluster + rank) * plan.config.block_n
+        token = tile_t * plan.config.token_tile
+        body(Item(token=token, feature=feature, split=split, turn=turn))
+
+    lax.fori_loop(0, turns, deal, None)
+    return turns * plan.steps
+
+
+def _divide(value: Array, divisor: int) -> tuple[Array, Array]:
+    return lax.div(value, jnp.int32(divisor)), lax.rem(value, jnp.int32(divisor))
+
+
+def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> None:
+    """Copy tiles of the kernel and of the tokens to shared memory, as soon as there is room."""
+    config = plan.config
+
+    def wait_empty(step: Array) -> None:
+        slot = lax.rem(step, jnp.int32(config.stages))
+        pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
+
+    def load(item: Item) -> None:
+        features = pl.ds(pl.multiple_of(item.feature, ALIGNMENT), config.block_n)
+        tokens = pl.ds(pl.multiple_of(item.token, ALIGNMENT), plan.copied_tokens)
+        before = item.turn * plan.steps
+
+        def load_step(index: Array, _: None) -> None:
+            step = before + index
+            slot = lax.rem(step, jnp.int32(config.stages))
+            columns = pl.ds(pl.multiple_of((item.split * plan.steps + index) * config.block_k, 64), config.block_k)
+            wait_empty(step)
+            full = shared.full.at[slot]
+            for part in range(1 + plan.gated):
+                source = kernel_gmem.at[part] if plan.gated else kernel_gmem
+                target = shared.weights.at[slot, pl.ds(part * config.block_n, config.block_n)]
+                plgpu.copy_gmem_to_smem(source.at[features, columns], target, full)
+            plgpu.copy_gmem_to_smem(
+                x_gmem.at[tokens, columns],
+                shared.x.at[slot, pl.ds(0, plan.copied_tokens)],
+                full,
+                collective_axes="cluster" if config.cluster > 1 else None,
+            )
+
+        lax.fori_loop(0, plan.steps, load_step, None)
+
+    total = _for_each_item(plan, load)
+    # Nobody arrives at the barriers of a program that is gone.
+    lax.fori_loop(0, config.stages, lambda index, _: wait_empty(total + index), None)
+
+
+def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> None:
+    """Multiply the tokens of one warpgroup."""
+    config = plan.config
+    first_row = warpgroup * config.rows
+    parts, columns = plan.parts
+
+    def slot_of(step: Array) -> Array:
+        return lax.rem(step, jnp.int32(config.stages))
+
+    def multiply(before: Array) -> list[Array]:
+        def scope(*sums: Any) -> list[Array]:
+            def step(index: Array, _: None) -> None:
+                slot = slot_of(before + index)
+                plgpu.barrier_wait(shared.full.at[slot])
+                x = shared.x.at[slot, pl.ds(first_row, config.rows)]
+                for part, acc in enumerate(sums):
+                    weights = shared.weights.at[slot, pl.ds(part * columns, columns)]
+                    plgpu.wgmma(acc, x, weights.transpose((1, 0)))
+                plgpu.wgmma_wait(parts)  # for the products of the step before
+                last = slot_of(before + jnp.maximum(index - 1, 0))
+                plgpu.barrier_arrive(shared.empty.at[last], predicate=index > 0)
+
+            lax.fori_loop(0, plan.steps, step, None)
+            return [acc[...] for acc in sums]
+
+        results = pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef((config.rows, columns))] * parts)
+        plgpu.barrier_arrive(shared.empty.at[slot_of(before + plan.steps - 1)])
+        return results
+
+    def finish(item: Item) -> None:
+        results = multiply(item.turn * plan.steps)
+        if plan.gated:
+            gate, up = results if parts == 2 else (results[0][:, : config.block_n], results[0][:, config.block_n :])
+            results = [gate * jax.nn.sigmoid(gate) * up]
+        _store(results[0].astype(out_gmem.dtype), out_gmem, shared, item, first_row, config)
+
+    _for_each_item(plan, finish)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store(result: Array, out_gmem: Any, shared: Shared, item: Item, first_row: Array, config: MosaicConfig) -> None:
+    """Store a tile's sums in pieces of some columns; TMA leaves out what lies behind the array's ends."""
+    target = out_gmem.at[item.split] if len(out_gmem.shape) == 3 else out_gmem
+    width = shared.out.shape[2]
+    rows = pl.ds(pl.multiple_of(item.token + first_row, ALIGNMENT), config.rows)
+    pieces = config.block_n // width
+    for piece in range(pieces):
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for the piece before the last, which has the same buffer
+        buffer = piece % 2 if pieces % 2 == 0 else lax.rem(item.turn + piece, jnp.int32(2))
+        smem = shared.out.at[buffer, pl.ds(first_row, config.rows)]
+        smem[...] = result[:, piece * width : (piece + 1) * width]
+        plgpu.commit_smem()
+        columns = pl.ds(pl.multiple_of(item.feature + piece * width, ALIGNMENT), width)
+        plgpu.copy_smem_to_gmem(smem, target.at[rows, columns])
