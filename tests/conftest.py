@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Four devices for tensor parallelism; less optimised machine code, since compiling it takes longer than running it.
-_XLA_FLAGS = ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS])
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Four devices for tensor parallelism; less optimised machine code, since compiling it takes longer than running it.
+    _XLA_FLAGS = ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS])
+else:
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # a GPU multiplies float32 in TF32 otherwise
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

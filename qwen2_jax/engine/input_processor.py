@@ -120,7 +120,8 @@ class InputProcessor:
         if text is not None:
             check_instance("prompt", text, str, "a string")
         if token_ids is not None:
-            return text, [_token_id(token) for token in check_list("prompt_token_ids", token_ids)]
+            tokens = list(check_list("prompt_token_ids", token_ids))
+            return text, tokens if {*map(type, tokens)} == {int} else [_token_id(token) for token in tokens]
         if text is None:
             raise RequestError(f"the prompt {prompt!r} is empty; it needs 'prompt' or 'prompt_token_ids'")
         if self._tokenizer is None:

@@ -79,7 +79,13 @@ def _call_interpreted(function: JITFunction[Any], *args: Any, **kwargs: Any) -> 
 
 @contextmanager
 def triton_interpreter() -> Iterator[None]:
-    """Let every Triton kernel of the block run here; the ops must be called eagerly, not under `jax.jit`."""
+    """Let every Triton kernel of the block run here; the ops must be called eagerly, not under `jax.jit`.
+
+    On a GPU the kernels run there, compiled, and this does nothing.
+    """
+    if jax.default_backend() != "cpu":
+        yield
+        return
     with (
         mock.patch.object(jax_triton, "triton_call", interpreted_call),
         mock.patch.object(JITFunction, "__call__", _call_interpreted),  # functions that kernels call, Triton's own too

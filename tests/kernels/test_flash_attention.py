@@ -47,7 +47,7 @@ def test_prompts(spec: RaggedSpec, rows: tuple[Row, ...], implementation: str) -
     q, k, v = batch.q, flat(batch, batch.keys), flat(batch, batch.values)
     expected = batch.attention()
     out = program(spec, implementation)(q, k, v, batch.query_start_loc)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(out, expected, atol=2e-6 if jax.default_backend() == "cpu" else 1e-5)
     half = [jnp.asarray(array, jnp.bfloat16) for array in (q, k, v)]
     out = program(spec, implementation)(*half, batch.query_start_loc)
     assert out.dtype == jnp.bfloat16

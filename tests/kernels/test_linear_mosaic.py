@@ -228,4 +228,14 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="bfloat16 throughout"):
         linear(x, kernel)
     with pytest.raises(NotImplementedError, match="bfloat16 throughout"):
-        linear_partial(x, kernel)
+        linear_partial(x, kernel, implementation="mosaic")
+
+
+def test_partial_sums_by_another_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="linear_partial has no implementation 'triton'"):
+        linear_partial(jnp.zeros((8, 64)), jnp.zeros((16, 64)), implementation="triton")
+
+
+def test_a_whole_product_is_one_part() -> None:
+    x, kernel = jnp.arange(12.0).reshape(3, 4), jnp.ones((5, 4))
+    np.testing.assert_array_equal(linear_partial(x, kernel), linear(x, kernel, implementation="reference")[None])

@@ -20,6 +20,8 @@ from tests.kernels.ragged import CASES, IDS, Ragged, make_ragged, random_rows
 TESTED = sorted(IMPLEMENTATIONS.keys() - {"reference", "mosaic"})  # test_mosaic.py lowers that one
 BY_NAME = {spec.name: spec for spec in RAGGED_SPECS}
 HALF = [BY_NAME[name] for name in ("decode_14_2", "mixed_7_1", "mixed_window")]
+ON_GPU = jax.default_backend() != "cpu"
+ATOL = 1e-5 if ON_GPU else 2e-6  # of float32 results around 1: a GPU's exponential is an approximation
 K_SCALE, V_SCALE = 0.03, 0.04  # of pools in 8 bits: normal values lie in the middle of e4m3's range
 
 
@@ -43,7 +45,7 @@ def attend(
     starts = None if batch.spec.is_decode else batch.query_start_loc
     pools = [jnp.asarray(array, pool or dtype) for array in (batch.k_pool, batch.v_pool)]
     arguments = (jnp.asarray(batch.q, dtype), *pools, batch.block_tables, batch.context_lens, starts)
-    if implementation == "triton" and jax.default_backend() == "cpu":
+    if implementation == "triton" and not ON_GPU:
         with triton_interpreter():
             out = inspect.unwrap(program(batch.spec, implementation, **scales))(*map(as_array, arguments))
     else:
@@ -63,28 +65,28 @@ def rounded(array: np.ndarray, dtype: Any) -> np.ndarray:
 @pytest.mark.parametrize("spec, rows", CASES, ids=IDS)
 def test_reference_is_the_formula(spec: RaggedSpec, rows: tuple[Row, ...]) -> None:
     batch = make_ragged(spec, rows)
-    np.testing.assert_allclose(attend(batch, "reference"), batch.attention(), atol=2e-6)
+    np.testing.assert_allclose(attend(batch, "reference"), batch.attention(), atol=ATOL)
 
 
 @pytest.mark.parametrize("implementation", TESTED)
 @pytest.mark.parametrize("spec, rows", CASES, ids=IDS)
 def test_float32(spec: RaggedSpec, rows: tuple[Row, ...], implementation: str) -> None:
     batch = make_ragged(spec, rows)
-    np.testing.assert_allclose(attend(batch, implementation), attend(batch, "reference"), atol=2e-6)
+    np.testing.assert_allclose(attend(batch, implementation), attend(batch, "reference"), atol=ATOL)
 
 
 @pytest.mark.parametrize("implementation", TESTED)
 @pytest.mark.parametrize("spec", RAGGED_SPECS, ids=BY_NAME)
 def test_random_lengths(spec: RaggedSpec, implementation: str) -> None:
-    for seed in range(8 if implementation != "triton" else 2):  # the interpreter takes its time
+    for seed in range(8 if implementation != "triton" or ON_GPU else 2):  # the interpreter takes its time
         batch = make_ragged(spec, random_rows(spec, seed), seed)
-        np.testing.assert_allclose(attend(batch, implementation), attend(batch, "reference"), atol=2e-6)
+        np.testing.assert_allclose(attend(batch, implementation), attend(batch, "reference"), atol=ATOL)
 
 
 @pytest.mark.parametrize("implementation", TESTED)
 @pytest.mark.parametrize("spec", HALF, ids=lambda spec: spec.name)
 def test_bfloat16(spec: RaggedSpec, implementation: str) -> None:
-    if implementation == "triton" and jax.default_backend() == "cpu":
+    if implementation == "triton" and not ON_GPU:
         pytest.skip("Triton's interpreter has no bfloat16")
     for rows in spec.batches:
         batch = make_ragged(spec, rows)
@@ -106,12 +108,12 @@ def test_pools_in_8_bits(spec: RaggedSpec, implementation: str) -> None:
         quantised = replace(batch, **stored)
         for name in (implementation, "reference"):
             out = attend(quantised, name, pool=e4m3, k_scale=K_SCALE, v_scale=V_SCALE)
-            np.testing.assert_allclose(out, expected, atol=5e-6)
+            np.testing.assert_allclose(out, expected, atol=max(ATOL, 5e-6))
 
 
 def test_auto_is_a_tested_implementation() -> None:
     batch = make_ragged(BY_NAME["decode"], BY_NAME["decode"].batches[1])
-    np.testing.assert_array_equal(attend(batch, "auto"), attend(batch, "xla"))
+    np.testing.assert_array_equal(attend(batch, "auto"), attend(batch, "triton" if ON_GPU else "xla"))
 
 
 def test_an_unknown_implementation_is_refused() -> None:

@@ -31,7 +31,7 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
 
 
 IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton, "mosaic": _mosaic}
-MOSAIC_TOKENS = (2, 256)
+MOSAIC_TOKENS = (2, 128)
 """The tokens for which the Mosaic kernel beats XLA's products."""
 MOSAIC_MAX_FEATURES = 65536
 """Of so many features on, XLA's products are at the limit themselves."""
@@ -69,7 +69,7 @@ def linear(
         out_dtype: the result's dtype; None means `x`'s.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32), `"mosaic"` (Hopper, bfloat16)
             or `"auto"`: on a GPU and in bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists,
-            Mosaic for 2 to 256 tokens on Hopper unless the kernel is a vocabulary; XLA otherwise.
+            Mosaic for 2 to 128 tokens on Hopper unless the kernel is a vocabulary; XLA otherwise.
         config: a kernel's tiles, for tuning: a `Config` for `"triton"`, a `MosaicConfig` for `"mosaic"`.
 
     Raises:

@@ -1,0 +1,219 @@
+"""Check this project on a host with one GPU: correctness, accuracy, the kernels' speed, the engine's.
+
+    PYTHONPATH=.:kernels python scripts/gpu_check.py --out results
+
+Parts, each of which can be asked for alone with `--part`:
+
+- suite: the kernels' tests, on the GPU instead of in interpreters.
+- accuracy: log-probabilities in bfloat16 beside transformers', and greedy tokens in float32 beside golden ones.
+- kernels: the shapes of `kernels/bench.py` that tell how each op does.
+- yardstick-7b, yardstick-0.5b: `workload.py`, beside vLLM and the goals, and a second start from a warm cache.
+
+It needs no network. Each part has a budget and is stopped when that is spent; all end within ten minutes on an H100
+with 16 cores. It prints tables, writes a JSON file and logs for each part, and exits with 1 if a check failed, naming
+it. A goal that is missed is shown, and is no failure.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarking.record import ROOT, write_record
+
+from scripts.yardstick import format_text, metrics, table
+
+SHARES_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
+"""For processes that run beside others."""
+GEOMETRIES = ("7b", "0.5b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a command did."""
+
+    failures: list[str]
+    seconds: float
+    output: str
+
+
+class Runner:
+    """Runs commands of this repository until the part's time is over."""
+
+    def __init__(self, out: Path, budget: float) -> None:
+        self._out, self._end = out, time.monotonic() + budget
+
+    def python(self, name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> Result:
+        """Run Python with `arguments`; what it prints goes to `name`.log."""
+        start = time.monotonic()
+        environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"} | dict(env or {})
+        path = self._out / f"{name}.log"
+        with path.open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            # Workers of its own go with it.
+            timer = threading.Timer(max(self._end - start, 0), os.killpg, (process.pid, signal.SIGKILL))
+            timer.start()
+            code = process.wait()
+            timer.cancel()
+        output = path.read_text(errors="replace")
+        failures = [] if code == 0 else [f"{name}: {self._reason(code, output)} (see {path})"]
+        return Result(failures=failures, seconds=time.monotonic() - start, output=output)
+
+    def _reason(self, code: int, output: str) -> str:
+        if code == -signal.SIGKILL and time.monotonic() >= self._end:
+            return "stopped, its time was over"
+        lines = output.strip().splitlines() or ["no output"]
+        return f"exit status {code}: {lines[-1][:300]}"
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def check_suite(out: Path, budget: float) -> list[str]:
+    """Run each file of the kernels' tests in a process of its own, all at once: most of their time is compilation."""
+    runner = Runner(out, budget)
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+
+    def run(path: Path) -> dict[str, Any]:
+        report = out / f"{path.stem}.xml"
+        result = runner.python(
+            path.stem,
+            *(
+                "-m",
+                "pytest",
+                path.relative_to(ROOT),
+                "-m",
+                "not slow",
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={report}",
+            ),
+            *("-o", "minversion=8.0", "-o", "filterwarnings=default"),
+            env=SHARES_GPU | {"JAX_PLATFORMS": "cuda,cpu"},
+        )
+        return {"file": path.name, "seconds": round(result.seconds, 1)} | _read_report(report, result)
+
+    with ThreadPoolExecutor(len(files)) as threads:
+        rows = list(threads.map(run, files))
+    failed = [failure for row in rows for failure in row["failures"]]
+    write_record(out / "suite.json", rows)
+    lines: list[Sequence[str]] = [("suite", "passed", "failed", "skipped", "s")]
+    for row in rows:
+        lines.append((row["file"], *(str(row[name]) for name in ("passed", "failed", "skipped", "seconds"))))
+    print(format_text(lines), flush=True)
+    return failed
+
+
+def _read_report(report: Path, result: Result) -> dict[str, Any]:
+    """Count a pytest report's tests; without one, what the process said is the failure."""
+    if not report.exists():
+        return {"passed": 0, "failed": 0, "skipped": 0, "failures": result.failures}
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    report.unlink()
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+    counts = {"passed": len(cases) - len(failed) - skipped, "failed": len(failed), "skipped": skipped}
+    return counts | {"failures": names or result.failures}
+
+
+def check_accuracy(out: Path, budget: float) -> list[str]:
+    """Compare with transformers and with golden data, at the same time."""
+    runner = Runner(out, budget)
+    commands = {
+        "accuracy": ("scripts/accuracy.py", "--out", out / "accuracy.json"),
+        "golden": ("scripts/check_golden.py", "--dtypes", "float32", "--out", out / "golden.json"),
+    }
+    with ThreadPoolExecutor(len(commands)) as threads:
+        results = list(threads.map(lambda item: runner.python(item[0], *item[1], env=SHARES_GPU), commands.items()))
+    failed = []
+    for (name, _), result in zip(commands.items(), results, strict=True):
+        path = out / f"{name}.json"
+        known = json.loads(path.read_text())["failures"] if path.exists() else []
+        failed += known or result.failures
+        print(result.output.rstrip(), flush=True)
+    return failed
+
+
+def check_kernels(out: Path, budget: float) -> list[str]:
+    """Time the ops; a case that fails is a failure, one that an implementation does not support is none."""
+    path = out / "kernels.json"
+    result = Runner(out, budget).python("kernels", "kernels/bench.py", "--headline", "--out", path)
+    print(result.output.rstrip(), flush=True)
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    names = ("op", "implementation", "geometry", "dtype", "shape")
+    errors = [f"{' '.join(row[name] for name in names)}: {row['error']}" for row in rows if "error" in row]
+    return result.failures + errors
+
+
+def check_yardstick(geometry: str, workload: Path, out: Path, budget: float) -> list[str]:
+    """Run the workload from nothing cached, and start once more from what that left."""
+    runner, rows = Runner(out, budget), []
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"XDG_CACHE_HOME": folder, "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax"}
+        for name, extra in (("", ()), ("_second_start", ("--skip", "decode,prefill,mixed"))):
+            arguments = ("--engine", "qwen2_jax", "--geometry", geometry, "--out", f"{folder}/rows.json", *extra)
+            result = runner.python(f"yardstick_{geometry}{name}", workload, *arguments, env=environment)
+            found = [json.loads(line) for line in result.output.splitlines() if line.startswith('{"')]
+            rows += [row | {"cached": True} for row in found[:1]] if extra else found
+            failed += result.failures
+            if result.failures:
+                break
+    write_record(out / f"yardstick_{geometry}.json", rows)
+    print(format_text(table(geometry, metrics(rows))), flush=True)
+    return failed
+
+
+def main() -> None:
+    """Run the parts and say what failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("suite", "accuracy", "kernels", *(f"yardstick-{geometry}" for geometry in GEOMETRIES))
+    parser.add_argument("--out", type=Path, required=True, help="folder for JSON files and logs")
+    parser.add_argument("--part", choices=[*parts, "all"], default="all")
+    parser.add_argument("--workload", type=Path, default=Path(__file__).parent / "workload.py")
+    arguments = parser.parse_args()
+    out, workload = arguments.out.resolve(), arguments.workload.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+
+    checks: dict[str, Callable[[], list[str]]] = {
+        "suite": lambda: check_suite(out, 200),
+        "accuracy": lambda: check_accuracy(out, 200),
+        "kernels": lambda: check_kernels(out, 110),
+        "yardstick-7b": lambda: check_yardstick("7b", workload, out, 180),
+        "yardstick-0.5b": lambda: check_yardstick("0.5b", workload, out, 110),
+    }
+    # What is timed runs alone; the other two run beside each other.
+    groups = [["suite", "accuracy"], *([name] for name in parts[2:])] if arguments.part == "all" else [[arguments.part]]
+    failed: list[str] = []
+    for group in groups:
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(group)) as threads:
+            failed += [failure for found in threads.map(lambda name: checks[name](), group) for failure in found]
+        print(f"--- {' and '.join(group)}: {time.monotonic() - start:.0f} s\n", flush=True)
+    if failed:
+        raise SystemExit("failed:\n  " + "\n  ".join(failed))
+    print("all checks passed")
+
+
+if __name__ == "__main__":
+    main()
