@@ -175,7 +175,7 @@ class ResolvedConfig:
     smallest_batch: int
     """Rows of the smallest decode program after that of one row: on a GPU fewer take as long as 8."""
     decode_growth: int
-    """How many times the last one each decode bucket is: compilation time against padding."""
+    """How many times the last one each larger decode bucket is: compilation time against padding."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -189,9 +189,11 @@ class ResolvedConfig:
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        """R of the decode programs: 1, and sizes from `smallest_batch` on."""
-        smallest = min(self.smallest_batch, self.max_num_seqs)
-        return tuple(sorted({1, *_buckets(smallest, self.max_num_seqs, self.decode_growth)}))
+        """R of the decode programs: 1, `smallest_batch`, four times that, and finer from there on."""
+        sizes, largest = [1, self.smallest_batch, 4 * self.smallest_batch], self.max_num_seqs
+        while sizes[-1] < largest:
+            sizes.append(sizes[-1] * self.decode_growth)
+        return tuple(sorted({min(size, largest) for size in sizes}))
 
     @property
     def sample_buckets(self) -> tuple[int, ...]:
@@ -234,16 +236,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[LoadConfig, EngineConfig]
 
 def _names(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
-
-
-def _buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
-    """Sizes from `smallest` to `largest`, each `factor` times the last."""
-    sizes = [largest]
-    size = smallest
-    while size < largest:
-        sizes.append(size)
-        size *= factor
-    return tuple(sorted(set(sizes)))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
