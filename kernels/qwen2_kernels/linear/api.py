@@ -31,8 +31,10 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
 
 
 IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton, "mosaic": _mosaic}
-MOSAIC_TOKENS = (2, 128)
-"""The tokens for which the Mosaic kernel beats XLA's products."""
+MOSAIC_MAX_TOKENS = 128
+"""Up to so many tokens, from 2 on, the Mosaic kernel beats XLA's products."""
+MOSAIC_MAX_GATED_TOKENS = 128
+"""The same for gated projections, whose activation is part of it."""
 MOSAIC_MAX_FEATURES = 65536
 """Of so many features on, XLA's products are at the limit themselves."""
 CONFIGS = {"triton": Config, "mosaic": MosaicConfig}
@@ -137,7 +139,8 @@ def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str
     key = tuning_key(x.shape[0], kernel.shape[-2], kernel.shape[-1], gated=activation is not None)
     if tuned("linear", key, Config, None) is not None:
         return "triton", "tuned"
-    if not MOSAIC_TOKENS[0] <= x.shape[0] <= MOSAIC_TOKENS[1] or kernel.shape[-2] >= MOSAIC_MAX_FEATURES:
+    limit = MOSAIC_MAX_TOKENS if activation is None else MOSAIC_MAX_GATED_TOKENS
+    if x.shape[0] > limit or kernel.shape[-2] >= MOSAIC_MAX_FEATURES:
         return "xla", f"{x.shape[0]} tokens, {kernel.shape[-2]} features"
     reason = supported(x, kernel, activation)
     return ("mosaic", "few tokens on Hopper") if reason is None else ("xla", reason)

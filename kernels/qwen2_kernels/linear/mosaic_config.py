@@ -1,8 +1,8 @@
 """How the Hopper kernel of `linear` cuts a projection into programs: see `mosaic`."""
 
 import itertools
-import math
 from dataclasses import dataclass
+from typing import Any
 
 PROGRAMS = 132
 """An H100's multiprocessors, each of which holds one program."""
@@ -16,8 +16,9 @@ MAX_ACCUMULATORS = 144
 """Registers for sums that a thread has to spare."""
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a program can have."""
-OUT_COLUMNS = 64
-"""Output features in a piece of the result on its way through shared memory, at most."""
+SHARES = ("tokens", "weights")
+MANY_TOKENS = 256
+"""Tokens from which on the tensor cores are the limit, not the kernel's bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,15 @@ class MosaicConfig:
     stages: int = 4
     """Tiles in shared memory."""
     cluster: int = 1
-    """Programs side by side on N that copy the tokens to all of them, each a part: 1, 2 or 4."""
+    """Programs that copy what they share to all of them, each a part: 1, 2 or 4."""
+    share: str = "tokens"
+    """What a cluster's programs share: `"tokens"` where they are side by side on N, `"weights"` where on T."""
+    group: int = 8
+    """Tiles of tokens, or clusters' tiles, that are multiplied by one tile of the kernel after another."""
+    piece_bytes: int = 128
+    """What a token has at most in a piece of the result on its way through shared memory: 32, 64 or 128."""
+    prefetch_bytes: int = 0
+    """How much of `linear`'s `prefetch` to ask for, all programs together: whole tiles, those that it reads first."""
     programs: int = PROGRAMS
     """Programs at most; each works off tiles until none is left."""
 
@@ -46,12 +55,23 @@ class MosaicConfig:
         for name, step in (("block_n", ALIGNMENT), ("block_k", 64)):
             if getattr(self, name) < step or getattr(self, name) % step:
                 wrong[name] = f"{getattr(self, name)} is not a multiple of {step}"
-        for name, allowed in (("consumers", (1, 2, 3)), ("rows", (64, 128)), ("cluster", (1, 2, 4))):
+        for name, allowed in (
+            ("consumers", (1, 2, 3)),
+            ("rows", (64, 128)),
+            ("cluster", (1, 2, 4)),
+            ("share", SHARES),
+            ("piece_bytes", (32, 64, 128)),
+        ):
             if getattr(self, name) not in allowed:
                 wrong[name] = f"{getattr(self, name)} is not one of {allowed}"
-        for name, least in (("split_k", 1), ("stages", 2), ("programs", self.cluster)):
-            if getattr(self, name) < least:
-                wrong[name] = f"{getattr(self, name)} is less than {least}"
+        least = {"split_k": 1, "stages": 2, "group": 1, "prefetch_bytes": 0, "programs": self.cluster}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                wrong[name] = f"{getattr(self, name)} is less than {low}"
+        if self.share == "weights" and self.block_n % (ALIGNMENT * self.cluster):
+            wrong["block_n"] = (
+                f"{self.block_n} is not a multiple of {ALIGNMENT * self.cluster}, 8 a program that shares it"
+            )
         if wrong:
             raise ValueError(f"linear: {', '.join(f'{name} {problem}' for name, problem in wrong.items())}")
 
@@ -64,25 +84,28 @@ class MosaicConfig:
         """Return the registers of a consumer's thread that hold sums."""
         return self.rows * self.block_n * (1 + gated) // 128
 
-    def out_columns(self, out_bytes: int) -> int:
-        """Return the output features of a piece of the result: the most that divide the tile's."""
-        most = OUT_COLUMNS if out_bytes == 2 else OUT_COLUMNS // 2
+    def piece(self, out_bytes: int) -> int:
+        """Return the output features of a piece of the result, of `out_bytes` an element."""
+        most = self.piece_bytes // out_bytes
         return max(n for n in range(ALIGNMENT, most + 1, ALIGNMENT) if self.block_n % n == 0)
 
     def shared_memory(self, *, gated: bool, out_bytes: int) -> int:
         """Return the bytes of shared memory that a program needs, where results have `out_bytes` an element."""
         stage = (self.block_n * (1 + gated) + self.token_tile) * self.block_k * 2
-        return self.stages * (stage + 16) + 2 * self.token_tile * self.out_columns(out_bytes) * out_bytes + 2048
+        return self.stages * (stage + 16) + 2 * self.token_tile * self.piece(out_bytes) * out_bytes + 2048
 
 
 def default_config(tokens: int, out_features: int, in_features: int, *, gated: bool) -> MosaicConfig:
     """Return what should suit an H100 for `tokens` [T] and a kernel [`out_features`, `in_features`], gated or not."""
-    consumers = 1 if tokens <= WARPGROUP_ROWS else 2
-    rows = WARPGROUP_ROWS if tokens <= 128 else 128
-    cluster = 1 if tokens <= 32 else 2
+    if tokens > MANY_TOKENS:
+        return _config_of_many_tokens(tokens, out_features, gated=gated)
     parts = 1 + gated
+    consumers = 1 if tokens <= (2 * WARPGROUP_ROWS if gated else WARPGROUP_ROWS) else 2
+    rows = WARPGROUP_ROWS if -(-tokens // consumers) <= WARPGROUP_ROWS else 2 * WARPGROUP_ROWS
+    cluster = 1 if tokens <= WARPGROUP_ROWS else 2
+    block_k = 128 if tokens <= WARPGROUP_ROWS and in_features >= 512 else 64
     most = min(MAX_COLUMNS, MAX_ACCUMULATORS * 128 // rows // parts)
-    splits = [split for split in range(1, 2 if gated else 17) if split == 1 or in_features // 64 >= 4 * split]
+    splits = [split for split in range(1, 2 if gated else 17) if split == 1 or in_features // block_k >= 2 * split]
     shapes = itertools.product(range(ALIGNMENT, most + 1, ALIGNMENT), splits)
     tiles_t = -(-tokens // (consumers * rows))
 
@@ -91,18 +114,42 @@ def default_config(tokens: int, out_features: int, in_features: int, *, gated: b
         block_n, split_k = shape
         tiles = tiles_t * cluster * -(-out_features // (block_n * cluster)) * split_k
         waves = -(-tiles // PROGRAMS)
-        depth = -(-in_features // 64 // split_k) * 64 * 2 * waves
+        steps = -(-in_features // block_k // split_k)
+        depth = steps * block_k * 2 * waves
         from_memory = parts * block_n * depth / 23.5e3
-        from_cache = (parts * block_n + min(tokens, consumers * rows) / cluster) * depth / 40e3
+        from_cache = (parts * block_n + min(tokens, consumers * rows) / cluster) * depth / 50e3
+        first_tile = parts * block_n * block_k * 2 / 23.5e3
         partial_sums = 0 if split_k == 1 else 1 + split_k * tokens * out_features * 8 / 4e6
-        return max(from_memory, from_cache) + partial_sums + 0.3 * waves
+        return max(from_memory, from_cache) + first_tile + partial_sums + 0.6 * waves
 
     block_n, split_k = min(shapes, key=cost)
-    shape = {"block_n": block_n, "consumers": consumers, "rows": rows, "split_k": split_k, "cluster": cluster}
-    deepest = 2
-    for stages in range(3, 1 + max(3, math.ceil(in_features / 64 / split_k))):
-        config = MosaicConfig(**shape, stages=stages)
-        if stages > 12 or max(config.shared_memory(gated=gated, out_bytes=n) for n in (2, 4)) > SHARED_MEMORY:
-            break
-        deepest = stages
-    return MosaicConfig(**shape, stages=deepest)
+    steps = -(-in_features // block_k // split_k)
+    shape = {"block_n": block_n, "consumers": consumers, "rows": rows, "block_k": block_k, "split_k": split_k}
+    most_stages = max(2, min(12, steps))
+    return deepest(**shape, cluster=cluster, most=most_stages, gated=gated)
+
+
+def deepest(*, most: int, gated: bool, **shape: Any) -> MosaicConfig:
+    """Return the config of `shape` with all the stages that shared memory has room for, `most` of them at most."""
+    configs = [MosaicConfig(**shape, stages=stages) for stages in range(2, most + 1)]
+    fitting = [c for c in configs if max(c.shared_memory(gated=gated, out_bytes=n) for n in (2, 4)) <= SHARED_MEMORY]
+    return fitting[-1] if fitting else configs[0]
+
+
+def _config_of_many_tokens(tokens: int, out_features: int, *, gated: bool) -> MosaicConfig:
+    """Return tiles of 128 tokens and 256 or so rows of the kernel, whichever leave the fewest programs without work."""
+    cluster, token_tile = 2, 2 * WARPGROUP_ROWS
+
+    def cost(block_n: int) -> tuple[int, int]:
+        tiles = -(-tokens // (token_tile * cluster)) * -(-out_features // block_n)
+        return -(-tiles // (PROGRAMS // cluster)) * block_n, abs(block_n - widest)
+
+    widest = MAX_COLUMNS // (1 + gated)
+    block_n = min((128, 144) if gated else (256, 192), key=cost)
+    return MosaicConfig(
+        block_n=block_n,
+        consumers=2,
+        cluster=cluster,
+        share="weights",
+        piece_bytes=128 if block_n % 64 == 0 else 32,
+    )

@@ -2,13 +2,12 @@
 
 Pallas Mosaic GPU inserts no barriers here. A stage of the ring in shared memory has a `full` barrier, at which TMA's
 copies arrive, and an `empty` one, at which the warpgroups that have read it do; with a cluster, those of all its
-programs, because each of them writes a part of the others' tokens.
+programs, because each of them writes a part of what the others read.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -34,14 +33,19 @@ class Plan:
         return min(self.items, self.config.programs // self.config.cluster)
 
     @property
+    def ranks(self) -> tuple[int, int]:
+        """Programs of a cluster that are side by side on T and on N."""
+        return (1, self.config.cluster) if self.config.share == "tokens" else (self.config.cluster, 1)
+
+    @property
     def tiles_t(self) -> int:
-        """Tiles of tokens."""
-        return -(-self.tokens // self.config.token_tile)
+        """Tiles of tokens, or clusters' tiles."""
+        return -(-self.tokens // (self.config.token_tile * self.ranks[0]))
 
     @property
     def tiles_n(self) -> int:
-        """Tiles of output features, side by side in clusters."""
-        return -(-self.out_features // (self.config.block_n * self.config.cluster))
+        """Tiles of output features, or clusters' tiles."""
+        return -(-self.out_features // (self.config.block_n * self.ranks[1]))
 
     @property
     def items(self) -> int:
@@ -56,8 +60,15 @@ class Plan:
     @property
     def copied_tokens(self) -> int:
         """Tokens of a tile that are copied; the others' sums are not used."""
-        step = ALIGNMENT * self.config.cluster
+        step = ALIGNMENT * self.ranks[1]
         return min(self.config.token_tile, -(-self.tokens // step) * step)
+
+    @property
+    def first_tiles(self) -> int:
+        """Tiles of K that a program reads first, `prefetch_bytes` of them all together."""
+        config = self.config
+        size = config.block_n * (1 + self.gated) * config.block_k * 2 * self.clusters * config.cluster
+        return min(self.steps, -(-config.prefetch_bytes // size))
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -91,8 +102,9 @@ class Item:
     """Pieces of work that the program has done before."""
 
 
-def program(x_gmem: Any, kernel_gmem: Any, out_gmem: Any, *, plan: Plan, **scratch: Any) -> None:
-    """Run one program: x [T, K], kernel [N, K] or [2, N, K], out [T, N] or [split_k, T, N]."""
+def program(x_gmem: Any, kernel_gmem: Any, *rest: Any, plan: Plan, next_plan: Plan | None, **scratch: Any) -> None:
+    """Run one program: x [T, K], kernel [N, K] or [2, N, K], the next kernel, out [T, N] or [split_k, T, N]."""
+    *next_kernel, out_gmem = rest
     shared = Shared(**scratch)
     consumers = plan.config.consumers
     warpgroup = lax.axis_index("warpgroup")
@@ -100,13 +112,17 @@ def program(x_gmem: Any, kernel_gmem: Any, out_gmem: Any, *, plan: Plan, **scrat
     @pl.when(warpgroup == consumers)
     def _producer() -> None:
         if consumers > 1:
-            plgpu.set_max_registers(24 if consumers == 2 else 32, action="decrease")
-        _produce(x_gmem, kernel_gmem, shared, plan)
+            plgpu.set_max_registers(40 if consumers == 2 else 32, action="decrease")
+        total = _produce(x_gmem, kernel_gmem, shared, plan)
+        if next_plan is not None:
+            _prefetch(next_kernel[0], plan, next_plan)
+        # Nobody arrives at the barriers of a program that is gone.
+        lax.fori_loop(0, plan.config.stages, lambda index, _: _wait_empty(shared, plan, total + index), None)
 
     @pl.when(warpgroup < consumers)
     def _consumer() -> None:
         if consumers > 1:
-            plgpu.set_max_registers(240 if consumers == 2 else 160, action="increase")
+            plgpu.set_max_registers(232 if consumers == 2 else 160, action="increase")
         _consume(out_gmem, shared, plan, warpgroup)
 
 
@@ -117,32 +133,63 @@ def _for_each_item(plan: Plan, body: Any) -> Array:
     full, left = divmod(plan.items, plan.clusters)
     turns = jnp.int32(full) if left == 0 else full + (cluster < left).astype(jnp.int32)
 
-    def deal(turn: Array, _: None) -> None:
-        # Tiles of the same rows of the kernel run side by side, so that the cache serves all but one of them.
-        rest, tile_t = _divide(cluster + turn * plan.clusters, plan.tiles_t)
-        split, tile_n = _divide(rest, plan.tiles_n)
-        feature = (tile_n * plan.config.cluster + rank) * plan.config.block_n
-        token = tile_t * plan.config.token_tile
-        body(Item(token=token, feature=feature, split=split, turn=turn))
-
-    lax.fori_loop(0, turns, deal, None)
+    lax.fori_loop(0, turns, lambda turn, _: body(_deal(plan, cluster, rank, turn)), None)
     return turns * plan.steps
 
 
-def _divide(value: Array, divisor: int) -> tuple[Array, Array]:
-    return lax.div(value, jnp.int32(divisor)), lax.rem(value, jnp.int32(divisor))
+def _deal(plan: Plan, cluster: Array, rank: Array | int, turn: Array) -> Item:
+    """Return what a cluster's program `rank` works at in its `turn`."""
+    split, rest = _divide(cluster + turn * plan.clusters, plan.tiles_t * plan.tiles_n)
+    # Tiles of the same rows of the kernel run side by side, so that the cache serves all but one of them, as do those
+    # of the same tokens soon after.
+    group, rest = _divide(rest, plan.config.group * plan.tiles_n)
+    first = group * plan.config.group
+    tile_n, tile_t = _divide(rest, jnp.minimum(plan.tiles_t - first, plan.config.group))
+    ranks_t, ranks_n = plan.ranks
+    token = ((first + tile_t) * ranks_t + (rank if ranks_t > 1 else 0)) * plan.config.token_tile
+    feature = (tile_n * ranks_n + (rank if ranks_n > 1 else 0)) * plan.config.block_n
+    return Item(token=token, feature=feature, split=split, turn=turn)
 
 
-def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> None:
-    """Copy tiles of the kernel and of the tokens to shared memory, as soon as there is room."""
+def _divide(value: Array, divisor: Array | int) -> tuple[Array, Array]:
+    divisor = jnp.int32(divisor)
+    return lax.div(value, divisor), lax.rem(value, divisor)
+
+
+def _wait_empty(shared: Shared, plan: Plan, step: Array) -> None:
+    """Wait until the stage that `step` needs has been read."""
+    slot = lax.rem(step, jnp.int32(plan.config.stages))
+    pl.when(step >= plan.config.stages)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
+
+
+def _weights(kernel_gmem: Any, plan: Plan, item: Item, index: Array | int) -> list[Any]:
+    """Return an item's tile of the kernel in its step `index`; gate and up apart."""
+    features = pl.ds(pl.multiple_of(item.feature, ALIGNMENT), plan.config.block_n)
+    columns = pl.ds(pl.multiple_of((item.split * plan.steps + index) * plan.config.block_k, 64), plan.config.block_k)
+    sources = [kernel_gmem.at[part] for part in range(2)] if plan.gated else [kernel_gmem]
+    return [source.at[features, columns] for source in sources]
+
+
+def _prefetch(next_kernel: Any, plan: Plan, next_plan: Plan) -> None:
+    """Ask for what a program of the next projection reads first, so that memory is busy while launches change."""
+    clustered = plan.config.cluster > 1
+    index = lax.axis_index("program") * plan.config.cluster + (lax.axis_index("cluster") if clustered else 0)
+
+    @pl.when(index < next_plan.clusters * next_plan.config.cluster)
+    def _ask() -> None:
+        cluster, rank = _divide(index, next_plan.config.cluster)
+        item = _deal(next_plan, cluster, rank, jnp.int32(0))
+        for step in range(next_plan.first_tiles):
+            for tile in _weights(next_kernel, next_plan, item, step):
+                plgpu.async_prefetch(tile)
+
+
+def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> Array:
+    """Copy tiles of the kernel and of the tokens to shared memory as soon as there is room; return their number."""
     config = plan.config
-
-    def wait_empty(step: Array) -> None:
-        slot = lax.rem(step, jnp.int32(config.stages))
-        pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
+    shared_by = [("cluster" if ranks > 1 else None) for ranks in plan.ranks]  # of the kernel, of the tokens
 
     def load(item: Item) -> None:
-        features = pl.ds(pl.multiple_of(item.feature, ALIGNMENT), config.block_n)
         tokens = pl.ds(pl.multiple_of(item.token, ALIGNMENT), plan.copied_tokens)
         before = item.turn * plan.steps
 
@@ -150,24 +197,21 @@ def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> None:
             step = before + index
             slot = lax.rem(step, jnp.int32(config.stages))
             columns = pl.ds(pl.multiple_of((item.split * plan.steps + index) * config.block_k, 64), config.block_k)
-            wait_empty(step)
+            _wait_empty(shared, plan, step)
             full = shared.full.at[slot]
-            for part in range(1 + plan.gated):
-                source = kernel_gmem.at[part] if plan.gated else kernel_gmem
+            for part, tile in enumerate(_weights(kernel_gmem, plan, item, index)):
                 target = shared.weights.at[slot, pl.ds(part * config.block_n, config.block_n)]
-                plgpu.copy_gmem_to_smem(source.at[features, columns], target, full)
+                plgpu.copy_gmem_to_smem(tile, target, full, collective_axes=shared_by[0])
             plgpu.copy_gmem_to_smem(
                 x_gmem.at[tokens, columns],
                 shared.x.at[slot, pl.ds(0, plan.copied_tokens)],
                 full,
-                collective_axes="cluster" if config.cluster > 1 else None,
+                collective_axes=shared_by[1],
             )
 
         lax.fori_loop(0, plan.steps, load_step, None)
 
-    total = _for_each_item(plan, load)
-    # Nobody arrives at the barriers of a program that is gone.
-    lax.fori_loop(0, config.stages, lambda index, _: wait_empty(total + index), None)
+    return _for_each_item(plan, load)
 
 
 def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> None:
@@ -203,7 +247,9 @@ def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> Non
         results = multiply(item.turn * plan.steps)
         if plan.gated:
             gate, up = results if parts == 2 else (results[0][:, : config.block_n], results[0][:, config.block_n :])
-            results = [gate * jax.nn.sigmoid(gate) * up]
+            # The reciprocal of a root costs less than that of a number: sigmoid(gate) is its square.
+            root = lax.rsqrt(1 + jnp.exp(-gate))
+            results = [gate * up * root * root]
         _store(results[0].astype(out_gmem.dtype), out_gmem, shared, item, first_row, config)
 
     _for_each_item(plan, finish)
