@@ -1,7 +1,6 @@
 """The Hopper kernel of `linear` without a GPU: Mosaic's interpreter against numpy, and that it lowers for one."""
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -44,7 +43,6 @@ SPLITS = {
     "cluster": (70, MosaicConfig(block_n=16, split_k=2, cluster=2, consumers=2, stages=2)),
 }
 FEATURES, SIZE = 80, 320
-PREFETCH = "cp.async.bulk.prefetch.tensor"
 
 
 def gpu(model: str = "NVIDIA H100 80GB HBM3") -> Any:
@@ -126,30 +124,14 @@ def test_nan_stays_in_its_token(config: MosaicConfig) -> None:
     np.testing.assert_array_equal(np.delete(poisoned, [4, 29], 0), np.delete(clean, [4, 29], 0))
 
 
-def test_prefetch_changes_no_result() -> None:
-    x, kernel = draw(20, FEATURES, SIZE)
-    out, same = (
-        interpret(linear, x, kernel, prefetch=prefetch, config=MosaicConfig(block_n=16, prefetch_bytes=1 << 20))
-        for prefetch in (None, jnp.ones((2, 96, 128), jnp.bfloat16))
-    )
-    np.testing.assert_array_equal(out, same)
-
-
 @functools.cache
-def lower(
-    tokens: int,
-    *shape: int,
-    config: MosaicConfig | None = None,
-    dtype: Any = None,
-    prefetch: tuple[int, ...] | None = None,
-) -> str:
+def lower(tokens: int, *shape: int, config: MosaicConfig | None = None, dtype: Any = None) -> str:
     """Lower for an H100, which runs all of Mosaic GPU's checks of shapes, layouts and shared memory."""
     x, kernel = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, shape[-1]), shape))
-    next_kernel = None if prefetch is None else jax.ShapeDtypeStruct(prefetch, jnp.bfloat16)
     options = {"activation": "silu" if len(shape) == 3 else None, "config": config, "out_dtype": dtype}
     with gpu():
-        run = jax.jit(lambda x, kernel, prefetch: linear(x, kernel, prefetch=prefetch, **options))
-        return run.trace(x, kernel, next_kernel).lower(lowering_platforms=("cuda",)).as_text()
+        run = jax.jit(lambda x, kernel: linear(x, kernel, **options))
+        return run.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def projections(name: str) -> dict[str, tuple[int, ...]]:
@@ -171,18 +153,6 @@ def projections(name: str) -> dict[str, tuple[int, ...]]:
 def test_lowers(model: str, projection: str, tokens: int) -> None:
     dtype = jnp.float32 if projection == "head" else None
     assert lower(tokens, *projections(model)[projection], dtype=dtype).count("mosaic_gpu_v2") == 1
-
-
-@pytest.mark.parametrize("tokens", [8, 128, 256])
-@pytest.mark.parametrize("projection, then", list(itertools.pairwise(["qkv", "o", "gate_up", "down", "qkv"])))
-def test_asks_for_what_the_next_projection_reads(projection: str, then: str, tokens: int) -> None:
-    shape, next_shape = (projections("7b")[name] for name in (projection, then))
-    assert PREFETCH in lower(tokens, *shape, prefetch=next_shape)
-    assert PREFETCH not in lower(tokens, *shape)
-
-
-def test_what_the_kernel_cannot_read_is_not_asked_for() -> None:
-    assert PREFETCH not in lower(8, 128, 128, prefetch=(128, 96))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -228,7 +198,6 @@ def test_layers_share_one_kernel() -> None:
         ({"cluster": 3}, r"cluster 3 is not one of \(1, 2, 4\)"),
         ({"split_k": 0}, "split_k 0 is less than 1"),
         ({"stages": 1}, "stages 1 is less than 2"),
-        ({"prefetch_bytes": -1}, "prefetch_bytes -1 is less than 0"),
         ({"group": 0}, "group 0 is less than 1"),
         ({"share": "kernel"}, r"share kernel is not one of \('tokens', 'weights'\)"),
         ({"piece_bytes": 256}, r"piece_bytes 256 is not one of \(32, 64, 128\)"),

@@ -9,7 +9,6 @@ on their way, programs ask for what the next projection reads. With many the ten
 each tile of the kernel, and the ring fills with the next tiles while silu(gate) * up is computed and stored.
 """
 
-import dataclasses
 import functools
 import operator
 from typing import Any
@@ -39,7 +38,7 @@ def linear_mosaic(
     out_dtype: jnp.dtype,
     config: MosaicConfig | None = None,
 ) -> Array:
-    """See `api.linear`. XLA normalises before and adds partial sums, bias and residual behind.
+    """See `api.linear`; `prefetch` is ignored. XLA normalises before and adds partial sums, bias and residual behind.
 
     Raises:
         NotImplementedError: what `supported` gives a reason for: dtypes other than bfloat16, features that 16 (N) and
@@ -52,19 +51,15 @@ def linear_mosaic(
     if norm_weight is not None:
         x, _ = rms_norm_xla(x, norm_weight, None, eps=eps)
     if config.split_k == 1 and bias is None and residual is None:
-        return _run(x, kernel, prefetch, out_dtype=out_dtype, config=config)
-    sums = _run(x, kernel, prefetch, out_dtype=jnp.dtype(jnp.float32), config=config)
+        return _run(x, kernel, out_dtype=out_dtype, config=config)
+    sums = _run(x, kernel, out_dtype=jnp.dtype(jnp.float32), config=config)
     if config.split_k > 1:
         sums = add_partial_sums(sums)
     return add_epilogue(sums, bias, residual, out_dtype)
 
 
-def linear_partial_mosaic(
-    x: Array, kernel: Array, prefetch: Array | None = None, *, config: MosaicConfig | None = None
-) -> Array:
+def linear_partial_mosaic(x: Array, kernel: Array, *, config: MosaicConfig | None = None) -> Array:
     """Return float32 [S, T, N], whose sum over S is x [T, D] @ kernel.T [D, N]; S depends on the shapes.
-
-    `prefetch`: see `api.linear`.
 
     Raises:
         NotImplementedError: what `supported` gives a reason for.
@@ -73,7 +68,7 @@ def linear_partial_mosaic(
     if (reason := supported(x, kernel)) is not None:
         raise NotImplementedError(f"linear: {reason}")
     config = config or default_config(x.shape[0], kernel.shape[0], x.shape[1], gated=False)
-    sums = _run(x, kernel, prefetch, out_dtype=jnp.dtype(jnp.float32), config=config)
+    sums = _run(x, kernel, out_dtype=jnp.dtype(jnp.float32), config=config)
     return sums if config.split_k > 1 else sums[None]
 
 
@@ -84,18 +79,16 @@ def add_partial_sums(partial_sums: Array) -> Array:
 
 # A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
-def _run(x: Array, kernel: Array, prefetch: Array | None, *, out_dtype: jnp.dtype, config: MosaicConfig) -> Array:
+def _run(x: Array, kernel: Array, *, out_dtype: jnp.dtype, config: MosaicConfig) -> Array:
     """Return [T, N], gated if the kernel is [2, N, D]; with `split_k` > 1 float32 partial sums [split_k, T, N]."""
     tokens, gated = x.shape[0], kernel.ndim == 3
     if tokens > ALIGNMENT:
         x = jnp.pad(x, ((0, -tokens % ALIGNMENT), (0, 0)))
     plan = Plan(config=config, tokens=x.shape[0], out_features=kernel.shape[-2], in_features=x.shape[1], gated=gated)
     _check(plan, out_dtype)
-    next_kernel, next_plan = _next(plan, prefetch)
     shape = (x.shape[0], plan.out_features)
-    out = _kernel(
-        plan, next_plan, jax.ShapeDtypeStruct((config.split_k, *shape) if config.split_k > 1 else shape, out_dtype)
-    )(x, kernel, *next_kernel)
+    out_type = jax.ShapeDtypeStruct((config.split_k, *shape) if config.split_k > 1 else shape, out_dtype)
+    out = _kernel(plan, out_type)(x, kernel)
     return out[..., :tokens, :]
 
 
@@ -112,22 +105,7 @@ def _check(plan: Plan, out_dtype: jnp.dtype) -> None:
         raise ValueError(f"linear: out_dtype bfloat16 or float32, not {out_dtype}")
 
 
-def _next(plan: Plan, prefetch: Array | None) -> tuple[tuple[Array, ...], Plan | None]:
-    """Return the kernel of the next projection, if this one asks for a part of it, and how that cuts it by default."""
-    if prefetch is None or plan.config.prefetch_bytes == 0:
-        return (), None
-    gated = prefetch.ndim == 3 and prefetch.shape[0] == 2
-    kernel = prefetch if gated else prefetch.reshape(prefetch.shape[0], -1)
-    out_features, in_features = kernel.shape[-2:]
-    if supported(jax.ShapeDtypeStruct((plan.tokens, in_features), kernel.dtype), kernel) is not None:
-        return (), None
-    config = default_config(plan.tokens, out_features, in_features, gated=gated)
-    config = dataclasses.replace(config, prefetch_bytes=plan.config.prefetch_bytes)
-    shape = {"out_features": out_features, "in_features": in_features}
-    return (kernel,), Plan(config=config, tokens=plan.tokens, **shape, gated=gated)
-
-
-def _kernel(plan: Plan, next_plan: Plan | None, out_type: jax.ShapeDtypeStruct) -> Any:
+def _kernel(plan: Plan, out_type: jax.ShapeDtypeStruct) -> Any:
     config = plan.config
     smem = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_swizzled(64, jnp.dtype(jnp.bfloat16)))
     rows = config.block_n * (1 + plan.gated)
@@ -138,7 +116,7 @@ def _kernel(plan: Plan, next_plan: Plan | None, out_type: jax.ShapeDtypeStruct) 
     can_swizzle = columns * out_dtype.itemsize in (32, 64, 128) and plan.out_features % columns == 0
     out_transforms = _swizzled(columns, out_dtype) if can_swizzle else ()
     return plgpu.kernel(
-        functools.partial(program, plan=plan, next_plan=next_plan),
+        functools.partial(program, plan=plan),
         out_type=out_type,
         grid=(plan.clusters,),
         grid_names=("program",),

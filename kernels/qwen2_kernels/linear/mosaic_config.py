@@ -45,8 +45,6 @@ class MosaicConfig:
     """Tiles of tokens, or clusters' tiles, that are multiplied by one tile of the kernel after another."""
     piece_bytes: int = 128
     """What a token has at most in a piece of the result on its way through shared memory: 32, 64 or 128."""
-    prefetch_bytes: int = 0
-    """How much of `linear`'s `prefetch` to ask for, all programs together: whole tiles, those that it reads first."""
     programs: int = PROGRAMS
     """Programs at most; each works off tiles until none is left."""
 
@@ -64,7 +62,7 @@ class MosaicConfig:
         ):
             if getattr(self, name) not in allowed:
                 wrong[name] = f"{getattr(self, name)} is not one of {allowed}"
-        least = {"split_k": 1, "stages": 2, "group": 1, "prefetch_bytes": 0, "programs": self.cluster}
+        least = {"split_k": 1, "stages": 2, "group": 1, "programs": self.cluster}
         for name, low in least.items():
             if getattr(self, name) < low:
                 wrong[name] = f"{getattr(self, name)} is less than {low}"

@@ -64,13 +64,6 @@ class Plan:
         return min(self.config.token_tile, -(-self.tokens // step) * step)
 
     @property
-    def first_tiles(self) -> int:
-        """Tiles of K that a program reads first, `prefetch_bytes` of them all together."""
-        config = self.config
-        size = config.block_n * (1 + self.gated) * config.block_k * 2 * self.clusters * config.cluster
-        return min(self.steps, -(-config.prefetch_bytes // size))
-
-    @property
     def parts(self) -> tuple[int, int]:
         """How many products a step takes, and how many rows of the kernel each has: gate and up are one if it fits."""
         columns = self.config.block_n * (1 + self.gated)
@@ -102,9 +95,8 @@ class Item:
     """Pieces of work that the program has done before."""
 
 
-def program(x_gmem: Any, kernel_gmem: Any, *rest: Any, plan: Plan, next_plan: Plan | None, **scratch: Any) -> None:
-    """Run one program: x [T, K], kernel [N, K] or [2, N, K], the next kernel, out [T, N] or [split_k, T, N]."""
-    *next_kernel, out_gmem = rest
+def program(x_gmem: Any, kernel_gmem: Any, out_gmem: Any, *, plan: Plan, **scratch: Any) -> None:
+    """Run one program: x [T, K], kernel [N, K] or [2, N, K], out [T, N] or [split_k, T, N]."""
     shared = Shared(**scratch)
     consumers = plan.config.consumers
     warpgroup = lax.axis_index("warpgroup")
@@ -114,8 +106,6 @@ def program(x_gmem: Any, kernel_gmem: Any, *rest: Any, plan: Plan, next_plan: Pl
         if consumers > 1:
             plgpu.set_max_registers(40 if consumers == 2 else 32, action="decrease")
         total = _produce(x_gmem, kernel_gmem, shared, plan)
-        if next_plan is not None:
-            _prefetch(next_kernel[0], plan, next_plan)
         # Nobody arrives at the barriers of a program that is gone.
         lax.fori_loop(0, plan.config.stages, lambda index, _: _wait_empty(shared, plan, total + index), None)
 
@@ -168,20 +158,6 @@ def _weights(kernel_gmem: Any, plan: Plan, item: Item, index: Array | int) -> li
     columns = pl.ds(pl.multiple_of((item.split * plan.steps + index) * plan.config.block_k, 64), plan.config.block_k)
     sources = [kernel_gmem.at[part] for part in range(2)] if plan.gated else [kernel_gmem]
     return [source.at[features, columns] for source in sources]
-
-
-def _prefetch(next_kernel: Any, plan: Plan, next_plan: Plan) -> None:
-    """Ask for what a program of the next projection reads first, so that memory is busy while launches change."""
-    clustered = plan.config.cluster > 1
-    index = lax.axis_index("program") * plan.config.cluster + (lax.axis_index("cluster") if clustered else 0)
-
-    @pl.when(index < next_plan.clusters * next_plan.config.cluster)
-    def _ask() -> None:
-        cluster, rank = _divide(index, next_plan.config.cluster)
-        item = _deal(next_plan, cluster, rank, jnp.int32(0))
-        for step in range(next_plan.first_tiles):
-            for tile in _weights(next_kernel, next_plan, item, step):
-                plgpu.async_prefetch(tile)
 
 
 def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> Array:
