@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 from qwen2_jax.llm import LLM
@@ -38,12 +39,13 @@ def test_one_device_decodes_in_place(several_steps: LLM) -> None:
     outputs = several_steps.generate([text.prompt for text in texts], greedy(48), use_tqdm=False)
     assert tokens_of(outputs) == [[text.output] for text in texts]
     check_decode_program(several_steps, tp=1)
+    check_decode_program(several_steps, tp=1, name="decode_greedy")
     check_in_place(several_steps, program_text(several_steps, "prefill", 32))
 
 
-def check_decode_program(llm: LLM, *, tp: int) -> None:
-    """Two sums over devices per layer and one for the embedding, logits gathered, caches updated where they lie."""
-    text = program_text(llm, "decode", 1)
+def check_decode_program(llm: LLM, *, tp: int, name: str = "decode") -> None:
+    """Two sums over devices per layer and one for the embedding, logits gathered; nothing large is copied."""
+    text = program_text(llm, name, 1)
     num_layers = llm.model_config.num_hidden_layers
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     collectives = re.findall(rf" = (.+?) ({kinds})(?:-start)?\(", text)
@@ -53,6 +55,9 @@ def check_decode_program(llm: LLM, *, tp: int) -> None:
     others = [shape.split("{")[0] for shape, name in collectives if name != "all-reduce"]
     assert others == ([logits] if tp > 1 else [])
     check_in_place(llm, text)
+    for weight in jax.tree.leaves(llm._engine.engine.runner._model.params):
+        if weight.ndim > 1:
+            check_not_copied(weight.addressable_shards[0].data.shape, text)
 
 
 def check_in_place(llm: LLM, text: str) -> None:
@@ -64,7 +69,13 @@ def check_in_place(llm: LLM, text: str) -> None:
     pool = runner._kv_cache[0][0].addressable_shards[0].data.shape
     pool_shape = re.escape(f"f32[{','.join(map(str, pool))}]")
     assert re.search(pool_shape, text)
-    assert not re.findall(rf"= {pool_shape}\S* copy(?:-start)?\(", text)
+    check_not_copied(pool, text)
+
+
+def check_not_copied(shape: tuple[int, ...], text: str) -> None:
+    """No float32 array of this shape is copied."""
+    pattern = re.escape(f"f32[{','.join(map(str, shape))}]")
+    assert not re.findall(rf"= {pattern}\S* copy(?:-start)?\(", text), shape
 
 
 def program_text(llm: LLM, name: str, bucket: int) -> str:
