@@ -87,7 +87,7 @@ def test_is_the_formula(name: str, gated: bool) -> None:
 def test_partial_sums(name: str) -> None:
     tokens, config = SPLITS[name]
     x, kernel = draw(tokens, FEATURES, SIZE)
-    parts = interpret(linear_partial, x, kernel, config=config)
+    parts = interpret(linear_partial, x, kernel, implementation="mosaic", config=config)
     assert parts.shape == (config.split_k, tokens, FEATURES)
     step = -(-SIZE // 64 // config.split_k) * 64
     for index, part in enumerate(parts):
@@ -99,7 +99,7 @@ def test_partial_sums(name: str) -> None:
 
 def test_one_share_of_k_is_one_partial_sum() -> None:
     x, kernel = draw(8, FEATURES, SIZE)
-    parts = interpret(linear_partial, x, kernel, config=MosaicConfig(block_n=16))
+    parts = interpret(linear_partial, x, kernel, implementation="mosaic", config=MosaicConfig(block_n=16))
     np.testing.assert_allclose(parts, formula(x, kernel)[None], rtol=1e-4, atol=1e-4)
 
 
@@ -255,6 +255,11 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_partial_sums_by_another_name_are_refused() -> None:
     with pytest.raises(ValueError, match="linear_partial has no implementation 'triton'"):
         linear_partial(jnp.zeros((8, 64)), jnp.zeros((16, 64)), implementation="triton")
+
+
+def test_tiles_are_for_the_mosaic_kernel() -> None:
+    with pytest.raises(ValueError, match="config is for implementation='mosaic', not 'auto'"):
+        linear_partial(jnp.zeros((8, 64)), jnp.zeros((16, 64)), config=MosaicConfig(block_n=16))
 
 
 def test_a_whole_product_is_one_part() -> None:

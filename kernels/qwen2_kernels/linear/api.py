@@ -66,8 +66,8 @@ def linear(
         bias: added to each token; not with `activation`.
         residual: added to the result before it is rounded.
         activation: `"silu"`, `"gelu"` or `"gelu_tanh"`.
-        prefetch: the kernel that the next projection reads. A hint: on a GPU its first bytes are on their way to the
-            cache while this projection ends and the next is launched.
+        prefetch: the kernel that the next projection reads. A hint, which only Triton's kernels follow: its first
+            bytes are on their way to the cache while this projection ends and the next is launched.
         out_dtype: the result's dtype; None means `x`'s.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32), `"mosaic"` (Hopper, bfloat16)
             or `"auto"`: on a GPU and in bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists,
@@ -109,13 +109,15 @@ def linear_partial(
         prefetch: see `linear`.
         implementation: `"mosaic"` (Hopper, bfloat16; float32 sums), `"whole"` (what `linear` gives, S = 1), or
             `"auto"`: `"mosaic"` where `linear` would choose it and the program is traced for a mesh of such GPUs.
-        config: the Mosaic kernel's tiles, for tuning; S is its `split_k`.
+        config: the Mosaic kernel's tiles, for tuning, with `implementation="mosaic"`; S is its `split_k`.
 
     Raises:
         ValueError: shapes that do not fit together, an unknown implementation, or a config that does not fit.
         NotImplementedError: what the Mosaic kernel cannot do.
     """
     _check_shapes(x, kernel, None, None, None, gated=False)
+    if config is not None and implementation != "mosaic":
+        raise ValueError(f"linear_partial: config is for implementation='mosaic', not {implementation!r}")
     if implementation == "auto":
         device = jax.sharding.get_abstract_mesh().abstract_device
         splits = device is not None and device.platform == "gpu" and has_triton()
