@@ -157,6 +157,7 @@ class EngineConfig:
             block_size=self.cache.block_size or (64 if gpu else 16),
             max_logprobs=model.vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, model.vocab_size),
             smallest_batch=8 if gpu else 4,
+            smallest_prefill=128 if gpu else 32,
             decode_growth=2 if gpu else 4,
         )
 
@@ -174,6 +175,8 @@ class ResolvedConfig:
     max_logprobs: int
     smallest_batch: int
     """Rows of the smallest decode program after that of one row: on a GPU fewer take as long as 8."""
+    smallest_prefill: int
+    """Tokens of the smallest prefill program: on a GPU fewer take about as long as 128, the time of reading weights."""
     decode_growth: int
     """How many times the last one each larger decode bucket is: compilation time against padding."""
 
@@ -206,7 +209,7 @@ class ResolvedConfig:
 
         Few small ones, for a step of up to some hundred tokens takes as long as its weights' read; finer ones above.
         """
-        sizes, largest = [32, 128, 512, 1024], self.max_num_batched_tokens
+        sizes, largest = [self.smallest_prefill, 128, 512, 1024], self.max_num_batched_tokens
         while sizes[-1] < largest:
             sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
         return tuple(sorted({min(size, largest) for size in sizes}))

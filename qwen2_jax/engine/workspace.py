@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax.config import ModelConfig, ResolvedConfig
+from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK
 from qwen2_jax.parallel import HeadLayout, pad_to_multiple
 
 _SAMPLER_COPIES = 7
 """Arrays of the vocabulary's width that sampling holds at once: logits, noise, masks, keys, weights, log-softmax."""
+_MATMUL_LIBRARY = 32 << 20
+"""Bytes that cuBLAS asks for on Hopper, whatever the product."""
 _MARGIN = 1.15
 
 
@@ -24,8 +27,9 @@ def largest_workspace(model: ModelConfig, config: ResolvedConfig, dtype: str, tp
     # A layer's input, residual and norm live through it; beside them the MLP's arrays, or the attention's.
     per_token = 4 * model.hidden_size + max(3 * intermediate, 3 * qkv)
     layers = tokens * per_token * size
-    vocabulary = config.max_num_seqs * pad_to_multiple(model.vocab_size, tp) * 4 * _SAMPLER_COPIES
-    return int(_MARGIN * max(layers, 0 if model.is_embedding_model else vocabulary))
+    rows = max(config.max_num_seqs, PROMPT_LOGPROBS_CHUNK)
+    vocabulary = rows * pad_to_multiple(model.vocab_size, tp) * 4 * _SAMPLER_COPIES
+    return int(_MARGIN * max(layers, 0 if model.is_embedding_model else vocabulary)) + _MATMUL_LIBRARY
 
 
 def reported_workspace(program: jax.stages.Compiled) -> int:

@@ -21,6 +21,7 @@ CONFIG = ResolvedConfig(
     max_decode_steps=8,
     max_logprobs=5,
     smallest_batch=2,
+    smallest_prefill=8,
     decode_growth=2,
 )
 SPARE = 4  # the row of state that padding reads

@@ -148,6 +148,7 @@ def _tokens(seed: int, tokens: int, size: int) -> Array:
 def _linear_cases() -> Iterator[GpuCase]:
     shapes = [("0.5b", name, tokens) for name in ("qkv", "o", "gate_up", "down") for tokens in (1, 3, 33, 100, 256)]
     shapes += [("0.5b", "lm_head", tokens) for tokens in (1, 33)]
+    shapes += [("0.5b", "gate_up", 2047), ("7b", "gate_up", 1025), ("7b", "gate_up", 8000)]
     shapes += [("7b", name, 33) for name in ("qkv", "o", "gate_up", "down")]
     for (model, name, tokens), implementation in product(shapes, sorted(LINEAR.keys() - {"reference"})):
         kernel = QWEN2_5[model].projections[name]

@@ -31,10 +31,9 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
 
 
 IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton, "mosaic": _mosaic}
-MOSAIC_MAX_TOKENS = 128
-"""Up to so many tokens, from 2 on, the Mosaic kernel beats XLA's products."""
-MOSAIC_MAX_GATED_TOKENS = 128
-"""The same for gated projections, whose activation is part of it."""
+FEW_TOKENS, MANY_TOKENS = 128, 2048
+"""For 2 to few tokens and from many on, the Mosaic kernel beats XLA's products; gated projections, whose activation is
+part of it, are always Mosaic's."""
 MOSAIC_MAX_FEATURES = 65536
 """Of so many features on, XLA's products are at the limit themselves."""
 CONFIGS = {"triton": Config, "mosaic": MosaicConfig}
@@ -71,7 +70,8 @@ def linear(
         out_dtype: the result's dtype; None means `x`'s.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32), `"mosaic"` (Hopper, bfloat16)
             or `"auto"`: on a GPU and in bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists,
-            Mosaic for 2 to 128 tokens on Hopper unless the kernel is a vocabulary; XLA otherwise.
+            Mosaic on Hopper for 2 to 128 tokens, from 2048 on and for any number where gated, unless the kernel is a
+            vocabulary; XLA otherwise.
         config: a kernel's tiles, for tuning: a `Config` for `"triton"`, a `MosaicConfig` for `"mosaic"`.
 
     Raises:
@@ -108,7 +108,8 @@ def linear_partial(
         kernel: the weights in Hugging Face's layout, [out, in].
         prefetch: see `linear`.
         implementation: `"mosaic"` (Hopper, bfloat16; float32 sums), `"whole"` (what `linear` gives, S = 1), or
-            `"auto"`: `"mosaic"` where `linear` would choose it and the program is traced for a mesh of such GPUs.
+            `"auto"`: `"mosaic"` for few tokens where `linear` would choose it and the program is traced for a mesh of
+            such GPUs.
         config: the Mosaic kernel's tiles, for tuning, with `implementation="mosaic"`; S is its `split_k`.
 
     Raises:
@@ -121,7 +122,7 @@ def linear_partial(
     if implementation == "auto":
         device = jax.sharding.get_abstract_mesh().abstract_device
         splits = device is not None and device.platform == "gpu" and has_triton()
-        splits = splits and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
+        splits = splits and x.shape[0] <= FEW_TOKENS and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
         implementation = "mosaic" if splits else "whole"
     if implementation == "whole":
         return linear(x, kernel, prefetch=prefetch)[None]
@@ -141,11 +142,11 @@ def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str
     key = tuning_key(x.shape[0], kernel.shape[-2], kernel.shape[-1], gated=activation is not None)
     if tuned("linear", key, Config, None) is not None:
         return "triton", "tuned"
-    limit = MOSAIC_MAX_TOKENS if activation is None else MOSAIC_MAX_GATED_TOKENS
-    if x.shape[0] > limit or kernel.shape[-2] >= MOSAIC_MAX_FEATURES:
+    is_between = activation is None and FEW_TOKENS < x.shape[0] < MANY_TOKENS
+    if is_between or kernel.shape[-2] >= MOSAIC_MAX_FEATURES:
         return "xla", f"{x.shape[0]} tokens, {kernel.shape[-2]} features"
     reason = supported(x, kernel, activation)
-    return ("mosaic", "few tokens on Hopper") if reason is None else ("xla", reason)
+    return ("mosaic", "on Hopper") if reason is None else ("xla", reason)
 
 
 def _check_shapes(
