@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from qwen2_jax.models import ops
+from qwen2_jax.models.adapters import LayerAdapters
 from qwen2_jax.parallel import TP, out_sharding
 
 Shape = tuple[int, ...]
@@ -33,13 +34,16 @@ class Qwen2RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(
-        self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None = None
+        self,
+        x: Float[Array, "*S T D"],
+        residual: Float[Array, "T D"] | None = None,
+        adapted: ops.Adapted | None = None,
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
         """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each.
 
-        `x` may be partial sums over S.
+        `x` may be partial sums over S; `adapted` is what adapters change in it first.
         """
-        return ops.rms_norm(x, residual, self.weight[...], self.eps)
+        return ops.rms_norm(x, residual, self.weight[...], self.eps, adapted)
 
     def before(self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None) -> ops.PendingNorm:
         """Return the norm of `x + residual` for a projection to carry out."""
@@ -76,6 +80,12 @@ class QKVProj(nnx.Module):
         """Project, without the bias, and return the residual; no communication. `o_proj` is what follows."""
         return ops.project_qkv(norm, self.kernel[...], o_proj.kernel[...])
 
+    def adapted(
+        self, x: Float[Array, "T D"], o_proj: OProj, adapters: LayerAdapters
+    ) -> tuple[Float[Array, "S T K G+2 H"], ops.Adapted]:
+        """Project normed tokens, and return what adapters change; no communication."""
+        return ops.adapted_qkv(x, self.kernel[...], o_proj.kernel[...], adapters)
+
 
 class OProj(nnx.Module):
     """The attention's output projection, row-parallel."""
@@ -88,6 +98,12 @@ class OProj(nnx.Module):
     def __call__(self, x: Float[Array, "T K G H"], gate_up_proj: GateUpProj) -> Float[Array, "S T D"]:
         """Project, partial sums; one all-reduce. `gate_up_proj` is what follows."""
         return ops.project_rows(x, self.kernel[...], gate_up_proj.kernel[...])
+
+    def adapted(
+        self, x: Float[Array, "T K G H"], adapters: LayerAdapters
+    ) -> tuple[Float[Array, "S T D"], ops.Adapted | None]:
+        """Project, partial sums, and return what adapters change; one all-reduce."""
+        return ops.adapted_rows(x, self.kernel[...], adapters, "o")
 
 
 class GateUpProj(nnx.Module):
@@ -106,6 +122,10 @@ class GateUpProj(nnx.Module):
         """Return `act(gate) * up` and the residual; no communication. `down_proj` is what follows."""
         return ops.project_gated(norm, self.kernel[...], down_proj.kernel[...], activation)
 
+    def adapted(self, x: Float[Array, "T D"], adapters: LayerAdapters, activation: str) -> Float[Array, "T F"]:
+        """Return `act(gate) * up` of normed tokens with their adapters; no communication."""
+        return ops.adapted_gated(x, self.kernel[...], adapters, activation)
+
     def features_first(self, x: Float[Array, "T D"]) -> Float[Array, "2 F T"]:
         """Project with the kernel as the left operand."""
         return jnp.einsum("cfd,td->cft", self.kernel[...], x)
@@ -120,6 +140,12 @@ class DownProj(nnx.Module):
     def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "S T D"]:
         """Project, partial sums; one all-reduce."""
         return ops.project_rows(x, self.kernel[...])
+
+    def adapted(
+        self, x: Float[Array, "T F"], adapters: LayerAdapters
+    ) -> tuple[Float[Array, "S T D"], ops.Adapted | None]:
+        """Project, partial sums, and return what adapters change; one all-reduce."""
+        return ops.adapted_rows(x, self.kernel[...], adapters, "down")
 
     def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "1 T D"]:
         """Project with the kernel as the left operand; one all-reduce."""

@@ -5,7 +5,7 @@ A kernel that XLA cannot look into has no sharding rule; inside the island it se
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,20 @@ import qwen2_kernels as kernels
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
+from qwen2_kernels import LoRABatch
+from qwen2_kernels.lora.batch import DOWN_PROJECTION, O_PROJECTION, qkv_projection
 
+from qwen2_jax.models.adapters import LayerAdapters, ProjectionBanks, bank_specs
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.parallel import TP
 
+ROW_PROJECTIONS = {"o": O_PROJECTION, "down": DOWN_PROJECTION}
 HEADS = P(None, TP)  # q: [T, K, ...]
 PARTIAL_HEADS = P(None, None, TP)  # qkv: [S, T, K, ...]
 POOL = P(None, None, TP)  # [P, B, K, H]
 
 by_platform = kernels.by_platform
+Adapted = kernels.Adapted
 
 KVPair = tuple[Float[Array, "P B K H"], Float[Array, "P B K H"]]
 
@@ -32,21 +37,23 @@ def write_kv_cache(
     rope: tuple[Array, Array],
     kv_cache: KVPair,
     batch: StepBatch,
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "T K G H"], KVPair]:
     """Add partial sums and `bias`, rotate queries and keys, and write keys and values to the cache.
 
-    `rope` is cosine and sine, [T, H/2] each.
+    `rope` is cosine and sine, [T, H/2] each; `adapted` what adapters change before the bias.
     """
     slots = batch.slot_mapping
     if batch.prefill_cache_indices is not None:
         kept = jnp.zeros(slots.shape, bool).at[batch.prefill_cache_indices].set(True)
         slots = jnp.where(kept, slots, -1)
 
-    def island(qkv: Array, bias: Array, *arrays: Array) -> tuple[Array, Array, Array]:
-        return kernels.write_kv(qkv, *arrays, bias=bias)
+    def island(qkv: Array, bias: Array, adapted: Adapted | None, *arrays: Array) -> tuple[Array, Array, Array]:
+        return kernels.write_kv(qkv, *arrays, bias=bias, adapted=adapted)
 
-    run = _sharded(island, (PARTIAL_HEADS, P(TP), P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
-    q, k, v = run(qkv, bias, *rope, *kv_cache, slots)
+    changes = None if adapted is None else Adapted(delta=HEADS, scale_bank=HEADS, scale_rows=P())  # pyright: ignore[reportArgumentType]
+    run = _sharded(island, (PARTIAL_HEADS, P(TP), changes, P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
+    q, k, v = run(qkv, bias, adapted, *rope, *kv_cache, slots)
     return q, (k, v)
 
 
@@ -65,15 +72,23 @@ def attention(
 
 
 def rms_norm(
-    x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None, weight: Float[Array, " D"], eps: float
+    x: Float[Array, "*S T D"],
+    residual: Float[Array, "T D"] | None,
+    weight: Float[Array, " D"],
+    eps: float,
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """Return the norm of `x + residual`, and that sum; `x` may be partial sums. Every device does the same."""
+    """Return the norm of `x + residual`, and that sum; `x` may be partial sums. Every device does the same.
 
-    def island(x: Array, weight: Array, *residual: Array) -> tuple[Array, Array]:
-        return kernels.rms_norm(x, weight, *residual, eps=eps)
+    `adapted` is what adapters change in `x` first.
+    """
 
-    arrays = (x, weight) if residual is None else (x, weight, residual)
-    return _sharded(island, tuple(P() for _ in arrays), (P(), P()))(*arrays)
+    def island(x: Array, weight: Array, adapted: Adapted | None, *residual: Array) -> tuple[Array, Array]:
+        return kernels.rms_norm(x, weight, *residual, eps=eps, adapted=adapted)
+
+    residuals = () if residual is None else (residual,)
+    run = _sharded(island, (P(), P(), P(), *(P() for _ in residuals)), (P(), P()))
+    return run(x, weight, adapted, *residuals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +160,91 @@ def project_rows(
     return _sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)
 
 
+def adapted_qkv(
+    x: Float[Array, "T D"],
+    kernel: Float[Array, "K G+2 H D"],
+    o_kernel: Float[Array, "D K G H"],
+    adapters: LayerAdapters,
+) -> tuple[Float[Array, "S T K G+2 H"], Adapted]:
+    """Project normed tokens as `project_qkv` does; return partial sums, and what their adapters change in them."""
+
+    def island(
+        x: Array, kernel: Array, o_kernel: Array, banks: ProjectionBanks, tables: LoRABatch
+    ) -> tuple[Array, Array]:
+        kv_heads, slots, head_dim, _ = kernel.shape
+        out = kernels.linear_partial(x, kernel.reshape(-1, kernel.shape[-1]), prefetch=o_kernel)
+        delta = kernels.lora_delta(
+            x,
+            banks.a,
+            banks.b.reshape(*banks.b.shape[:2], -1),
+            tables,
+            projection=qkv_projection(slots - 2, head_dim),
+            bias_bank=banks.bias.reshape(banks.bias.shape[0], -1),
+        )
+        heads = (kv_heads, slots, head_dim)
+        return out.reshape(*out.shape[:2], *heads), delta.reshape(delta.shape[0], *heads)
+
+    banks = adapters.banks.qkv
+    specs = (P(), P(TP), HEADS, bank_specs().qkv, _replicated(adapters.tables))
+    out, delta = _sharded(island, specs, (PARTIAL_HEADS, HEADS))(x, kernel, o_kernel, banks, adapters.tables)
+    return out, Adapted(delta=delta, scale_bank=banks.scale, scale_rows=adapters.scale_rows)
+
+
+def adapted_gated(
+    x: Float[Array, "T D"], kernel: Float[Array, "2 F D"], adapters: LayerAdapters, activation: str
+) -> Float[Array, "T F"]:
+    """Return `act(gate) * up` of normed tokens with their adapters, each device's columns; no communication."""
+
+    def island(x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch) -> Array:
+        base = kernels.linear(x, kernel.reshape(-1, kernel.shape[-1])).reshape(x.shape[0], *kernel.shape[:2])
+        return kernels.lora_gated(
+            x,
+            base,
+            banks.a,
+            banks.b,
+            tables,
+            activation=activation,
+            bias_bank=banks.bias,
+            scale_bank=banks.scale,
+        )
+
+    specs = (P(), P(None, TP), bank_specs().gate_up, _replicated(adapters.tables))
+    return _sharded(island, specs, HEADS)(x, kernel, adapters.banks.gate_up, adapters.tables)
+
+
+def adapted_rows(
+    x: Float[Array, "T *in"], kernel: Float[Array, "D *in"], adapters: LayerAdapters, name: Literal["o", "down"]
+) -> tuple[Float[Array, "S T D"], Adapted | None]:
+    """Multiply as `project_rows` does; return partial sums, and what adapters change in them.
+
+    Several devices add it up at once, in the one all-reduce, so that nothing is left to change.
+    """
+    projection, banks = ROW_PROJECTIONS[name], getattr(adapters.banks, name)
+    is_split = jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1
+
+    def island(
+        x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch, rows: Array
+    ) -> tuple[Array, Array | None]:
+        x, kernel = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
+        a = banks.a.reshape(*banks.a.shape[:3], -1)
+        if not is_split:
+            delta = kernels.lora_delta(x, a, banks.b, tables, projection=projection, bias_bank=banks.bias)
+            return kernels.linear_partial(x, kernel), delta
+        delta = kernels.lora_delta(x, a, banks.b, tables, projection=projection)
+        change = Adapted(delta=delta, scale_bank=banks.scale, scale_rows=rows)
+        total = jax.lax.psum(change(kernels.linear(x, kernel).astype(jnp.float32)), TP)
+        bias = jnp.where(rows[:, None] >= 0, banks.bias[jnp.maximum(rows, 0)], 0.0)
+        return (total + bias).astype(x.dtype)[None], None
+
+    specs = (HEADS, HEADS, getattr(bank_specs(), name), _replicated(adapters.tables), P())
+    out, delta = _sharded(island, specs, (P(), None if is_split else P()))(
+        x, kernel, banks, adapters.tables, adapters.scale_rows
+    )
+    if delta is None:
+        return out, None
+    return out, Adapted(delta=delta, scale_bank=banks.scale, scale_rows=adapters.scale_rows)
+
+
 def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Float[Array, "T V"]:
     """Return each device's share of the logits, float32; no communication."""
 
@@ -154,8 +254,12 @@ def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Flo
     return _sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
 
 
-def _sharded[**A, O](function: Callable[A, O], in_specs: tuple[P, ...], out_specs: P | tuple[P, ...]) -> Callable[A, O]:
-    """Run `function` on each device's shards, or as it is where no mesh is set."""
+def _replicated(tree: Any) -> Any:
+    return jax.tree.map(lambda _: P(), tree)
+
+
+def _sharded[**A, O](function: Callable[A, O], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[A, O]:
+    """Run `function` on each device's shards, or as it is where no mesh is set; specs are trees like the arguments."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

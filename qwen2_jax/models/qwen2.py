@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
+from qwen2_jax.models.adapters import LayerAdapters, StepAdapters
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.layers import DownProj, GateUpProj, Linear, OProj, QKVProj, Qwen2RMSNorm, VocabEmbedding
-from qwen2_jax.models.ops import KVPair, PendingNorm, attention, by_platform, rms_norm, write_kv_cache
+from qwen2_jax.models.ops import Adapted, KVPair, PendingNorm, attention, by_platform, rms_norm, write_kv_cache
 from qwen2_jax.models.rope import rope_cos_sin, rope_frequencies
 from qwen2_jax.parallel import HeadLayout, pad_to_multiple
 
@@ -48,6 +49,20 @@ class FlashQwen2Attention(nnx.Module):
         q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch)
         attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
         return self.o_proj(attended, mlp.gate_up_proj), residual, kv_cache
+
+    def adapted(
+        self,
+        x: Float[Array, "T D"],
+        rope: tuple[Array, Array],
+        batch: StepBatch,
+        kv_cache: KVPair,
+        adapters: LayerAdapters,
+    ) -> tuple[Float[Array, "S T D"], Adapted | None, KVPair]:
+        """Attend with adapters, from normed tokens; return partial sums of the result and what adapters change."""
+        qkv, change = self.qkv_proj.adapted(x, self.o_proj, adapters)
+        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch, change)
+        attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
+        return *self.o_proj.adapted(attended, adapters), kv_cache
 
 
 class Qwen2MLP(nnx.Module):
@@ -80,6 +95,11 @@ class Qwen2MLP(nnx.Module):
         # On a CPU a large left operand is multiplied about twice as fast as a large right one (docs/architecture.md).
         return by_platform(norm, gpu=tokens_first, elsewhere=features_first)
 
+    def adapted(self, x: Float[Array, "T D"], adapters: LayerAdapters) -> tuple[Float[Array, "S T D"], Adapted | None]:
+        """Apply the MLP with adapters to normed tokens; return partial sums and what adapters change in them."""
+        gated = self.gate_up_proj.adapted(x, adapters, FUSED_ACTIVATIONS[self.hidden_act])
+        return self.down_proj.adapted(gated, adapters)
+
 
 class FlashQwen2Layer(nnx.Module):
     """One decoder layer. The residual addition after the MLP is left to the next norm."""
@@ -106,11 +126,34 @@ class FlashQwen2Layer(nnx.Module):
         x, residual = self.mlp(self.post_attention_layernorm.before(x, residual))
         return x, residual, kv_cache
 
+    def adapted(
+        self,
+        x: Float[Array, "*S T D"],
+        residual: Float[Array, "T D"] | None,
+        change: Adapted | None,
+        rope: tuple[Array, Array],
+        batch: StepBatch,
+        kv_cache: KVPair,
+        adapters: LayerAdapters,
+    ) -> tuple[Float[Array, "S T D"], Float[Array, "T D"], Adapted | None, KVPair]:
+        """Run the layer with adapters; `change` is what those of the layer before change in `x`, and one comes back."""
+        normed, residual = self.input_layernorm(x, residual, change)
+        x, change, kv_cache = self.self_attn.adapted(normed, rope, batch, kv_cache, adapters)
+        normed, residual = self.post_attention_layernorm(x, residual, change)
+        x, change = self.mlp.adapted(normed, adapters)
+        return x, residual, change, kv_cache
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_layer(graphdef: nnx.GraphDef[FlashQwen2Layer], weights: nnx.State, *inputs: Any) -> Any:
     """Run one layer; layers of one kind are traced and lowered once, and XLA inlines the calls."""
     return nnx.merge(graphdef, weights)(*inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_adapted_layer(graphdef: nnx.GraphDef[FlashQwen2Layer], weights: nnx.State, *inputs: Any) -> Any:
+    """Run one layer with adapters; see `_run_layer`."""
+    return nnx.merge(graphdef, weights).adapted(*inputs)
 
 
 class FlashQwen2Model(nnx.Module):
@@ -129,17 +172,24 @@ class FlashQwen2Model(nnx.Module):
         self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.config = config
 
-    def __call__(self, batch: StepBatch, kv_cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
+    def __call__(
+        self, batch: StepBatch, kv_cache: KVCache, adapters: StepAdapters | None = None
+    ) -> tuple[Float[Array, "T D"], KVCache]:
         """Return each token's final hidden state, and the cache with the step's keys and values in it."""
         config = self.config
         frequencies, scaling = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
         rope = rope_cos_sin(batch.position_ids, frequencies, scaling)
-        x, residual, caches = self.embed_tokens(batch.input_ids), None, []
+        x, residual, change, caches = self.embed_tokens(batch.input_ids), None, None, []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x, residual, layer_cache = _run_layer(*nnx.split(layer), x, residual, rope, batch, layer_cache)
+                parts = nnx.split(layer)
+                if adapters is None:
+                    x, residual, layer_cache = _run_layer(*parts, x, residual, rope, batch, layer_cache)
+                else:
+                    inputs = (x, residual, change, rope, batch, layer_cache, adapters.of_layer(index))
+                    x, residual, change, layer_cache = _run_adapted_layer(*parts, *inputs)
             caches.append(layer_cache)
-        x, _ = self.norm(x, residual)
+        x, _ = self.norm(x, residual, change)
         return x, tuple(caches)
 
 
@@ -161,6 +211,7 @@ class FlashQwen2ForCausalLM(nnx.Module):
         batch: StepBatch,
         kv_cache: KVCache,
         *,
+        adapters: StepAdapters | None = None,
         lm_head_indices: Int[Array, " Q"] | None = None,
         skip_lm_head: bool = False,
     ) -> tuple[tuple[Float[Array, "Q V"], None], KVCache]:
@@ -169,6 +220,7 @@ class FlashQwen2ForCausalLM(nnx.Module):
         Args:
             batch: the step's tokens and rows.
             kv_cache: one pair of pools per layer; donate it.
+            adapters: the adapters that the step's tokens use; None is a program without any.
             lm_head_indices: the tokens of T whose logits are wanted; None means all.
             skip_lm_head: return the hidden states [Q, D] instead of logits.
 
@@ -176,7 +228,7 @@ class FlashQwen2ForCausalLM(nnx.Module):
             `((logits, speculative_logits), kv_cache)`: logits in float32 over the true vocabulary, and None, since
             there is no speculative head.
         """
-        hidden, kv_cache = self.model(batch, kv_cache)
+        hidden, kv_cache = self.model(batch, kv_cache, adapters)
         if lm_head_indices is not None:
             hidden = hidden[lm_head_indices]
         return (hidden if skip_lm_head else self.compute_logits(hidden), None), kv_cache
@@ -200,9 +252,11 @@ class FlashQwen2ForEmbeddings(nnx.Module):
             self.linear = Linear(config.hidden_size, config.embedding_dim, std=std, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def __call__(self, batch: StepBatch, kv_cache: KVCache) -> tuple[tuple[Float[Array, "R E"], None], KVCache]:
+    def __call__(
+        self, batch: StepBatch, kv_cache: KVCache, adapters: StepAdapters | None = None
+    ) -> tuple[tuple[Float[Array, "R E"], None], KVCache]:
         """Return `((embeddings, None), kv_cache)` for rows that are whole sequences; float32, not normalised."""
-        hidden, kv_cache = self.model(batch, kv_cache)
+        hidden, kv_cache = self.model(batch, kv_cache, adapters)
         return (self.project(pool_sum(hidden, batch), batch.context_lens), None), kv_cache
 
     def project(self, total: Float[Array, "R D"], lengths: Int[Array, " R"]) -> Float[Array, "R E"]:

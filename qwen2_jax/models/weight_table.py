@@ -71,12 +71,12 @@ def _layer(config: ModelConfig, layer: int) -> list[Leaf]:
     gate_up = {f"{hf}.mlp.{name}_proj.weight": (f, d) for name in ("gate", "up")}
     return [
         _copied((*at, "input_layernorm", "weight"), f"{hf}.input_layernorm", d),
-        Leaf(path=(*at, "self_attn", "qkv_proj", "kernel"), shape=(k, g + 2, h, d), sources=qkv, fill=_fill_qkv),
+        Leaf(path=(*at, "self_attn", "qkv_proj", "kernel"), shape=(k, g + 2, h, d), sources=qkv, fill=fill_qkv),
         Leaf(
             path=(*at, "self_attn", "qkv_proj", "bias"),
             shape=(k, g + 2, h),
             sources=biases if config.attention_bias else {},
-            fill=_fill_qkv,
+            fill=fill_qkv,
         ),
         Leaf(
             path=(*at, "self_attn", "o_proj", "kernel"),
@@ -110,7 +110,7 @@ def _fill_gate_up(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
     out[index] = tensor
 
 
-def _fill_qkv(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
+def fill_qkv(out: np.ndarray, index: int, tensor: np.ndarray) -> None:
     """Deal a projection's heads, rows of the weight or of the bias, out to their slots."""
     for head, rows in enumerate(tensor.reshape(-1, *out.shape[2:])):
         out[_qkv_slot(head, index, out.shape[1] - 2)] = rows

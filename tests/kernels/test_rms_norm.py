@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from qwen2_kernels import Adapted
 from qwen2_kernels.rms_norm import api
 from qwen2_kernels.specs import QWEN2_5
 
@@ -53,6 +54,26 @@ def test_is_the_formula(residual: bool, tokens: int, size: int, implementation: 
     arrays = draw(tokens, size, residual=residual)
     for result, expected in zip(run(implementation, arrays), formula(**arrays), strict=True):
         np.testing.assert_allclose(result, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", sorted(api.IMPLEMENTATIONS))
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_adapters_change_comes_first(parts: int, implementation: str) -> None:
+    tokens, size, rng = 4, 96, np.random.default_rng(2)
+    arrays = draw(tokens, size, residual=True)
+    delta = rng.standard_normal((tokens, size), np.float32)
+    bank = rng.uniform(0.5, 2, (3, size)).astype(np.float32)
+    bank[0] = np.nan  # a row that no token names
+    rows = np.array([2, -1, -1, 1], np.int32)
+    scale = np.where(rows[:, None] >= 0, bank[rows], 1)
+    expected = formula(arrays["x"] * scale + delta, arrays["weight"], arrays["residual"])
+    given = {name: jnp.asarray(array) for name, array in arrays.items()}
+    given["x"] = given["x"] if parts == 1 else jnp.stack([given["x"] / parts] * parts)
+    adapted = Adapted(delta=jnp.asarray(delta), scale_bank=jnp.asarray(bank), scale_rows=jnp.asarray(rows))
+    with triton_interpreter():
+        results = rms_norm(**given, adapted=adapted, eps=EPS, implementation=implementation)
+    for result, other in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, other, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen2_kernels import write_kv
+from qwen2_kernels import Adapted, write_kv
 from qwen2_kernels.write_kv.api import IMPLEMENTATIONS
 
 from tests.kernels.interpreter import triton_interpreter
@@ -50,12 +50,14 @@ def write(
     slots: list[int],
     pool: Any = jnp.float32,
     bias: np.ndarray | None = None,
+    adapted: Adapted | None = None,
     **scales: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Write into pools full of 9."""
     pools = [jnp.full(POOL, 9, pool) for _ in range(2)]
     arguments = (*inputs, *pools, np.asarray(slots, np.int32))
     extra = {} if bias is None else {"bias": jnp.asarray(bias)}
+    extra |= {} if adapted is None else {"adapted": adapted}
     if implementation == "triton" and jax.default_backend() == "cpu":
         with triton_interpreter():
             q, k, v = program(implementation, **scales).__wrapped__(*map(jnp.asarray, arguments), **extra)
@@ -142,6 +144,24 @@ def test_partial_sums_are_added_first(implementation: str) -> None:
     found = write(implementation, (parts, cos, sin), slots, bias=bias)
     for one, other in zip(found, write("reference", (qkv, cos, sin), slots, bias=bias), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@IMPLEMENTATION
+def test_what_adapters_change_comes_before_the_bias(implementation: str) -> None:
+    slots, rng = [19, 0, -1, 6], np.random.default_rng(1)
+    qkv, cos, sin = draw(len(slots))
+    bias, delta = (rng.standard_normal(shape).astype(np.float32) for shape in (qkv.shape[1:], qkv.shape))
+    bank = rng.uniform(0.5, 2, (3, *qkv.shape[1:])).astype(np.float32)
+    bank[0] = np.nan  # a row that no token names
+    rows = np.array([2, -1, 1, -1], np.int32)
+    scale = np.where((rows >= 0)[:, None, None, None], bank[rows], 1)
+    adapted = Adapted(delta=jnp.asarray(delta), scale_bank=jnp.asarray(bank), scale_rows=jnp.asarray(rows))
+    parts = np.stack([0.25 * qkv, 0.75 * qkv])
+    expected = write("reference", (qkv * scale + delta + bias, cos, sin), slots)
+    for source in (qkv, parts):
+        found = write(implementation, (source, cos, sin), slots, bias=bias, adapted=adapted)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=3e-6)
 
 
 @IMPLEMENTATION

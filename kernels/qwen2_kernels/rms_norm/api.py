@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.dispatch import select
 from qwen2_kernels.rms_norm.reference import rms_norm_reference
 from qwen2_kernels.rms_norm.xla import rms_norm_xla
@@ -26,6 +27,7 @@ def rms_norm(
     residual: Float[Array, "T D"] | None = None,
     *,
     eps: float,
+    adapted: Adapted | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """Return `(normed, total)`: `total` is `x + residual`, and `normed` its root-mean-square norm times `weight`.
@@ -40,6 +42,7 @@ def rms_norm(
         weight: what each feature is multiplied by.
         residual: added to `x` first; None leaves `x` as `total`.
         eps: what the norm adds to the mean square.
+        adapted: what adapters change in `x` first.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16, float16 or float32) or `"auto"`.
 
     Raises:
@@ -49,9 +52,11 @@ def rms_norm(
     arrays = {"x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
     tokens = x.shape[-2:]
     fits = x.ndim in (2, 3) and 0 not in x.shape and weight.shape == tokens[1:]
+    fits = fits and (adapted is None or adapted.fits(tokens))
     if not fits or arrays.get("residual", x).shape[-2:] != tokens or (residual is not None and residual.ndim != 2):
+        arrays |= {} if adapted is None else {name: getattr(adapted, name) for name in adapted.__dataclass_fields__}
         raise ValueError(f"rms_norm: shapes do not fit: {', '.join(f'{n} {a.shape}' for n, a in arrays.items())}")
     known = x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
     gpu, reason = ("triton", "one launch for sum and norm") if known else ("xla", f"{x.dtype} is not for Triton")
     run = select("rms_norm", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
-    return run(x, weight, residual, eps=eps)
+    return run(x, weight, residual, adapted, eps=eps)

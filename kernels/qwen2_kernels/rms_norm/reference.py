@@ -3,13 +3,19 @@
 import jax.numpy as jnp
 from jax import Array
 
+from qwen2_kernels.adapted import Adapted
 
-def rms_norm_reference(x: Array, weight: Array, residual: Array | None, *, eps: float) -> tuple[Array, Array]:
+
+def rms_norm_reference(
+    x: Array, weight: Array, residual: Array | None, adapted: Adapted | None = None, *, eps: float
+) -> tuple[Array, Array]:
     """See `api.rms_norm`."""
     total = x.astype(jnp.float32)
     dtype = x.dtype
     if x.ndim == 3:
         total, dtype = total.sum(axis=0), weight.dtype
+    if adapted is not None:
+        total = adapted(total)
     if residual is not None:
         total = total + residual.astype(jnp.float32)
     rms = jnp.sqrt(jnp.square(total).mean(axis=-1) + eps)

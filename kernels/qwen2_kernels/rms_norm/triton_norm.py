@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from jax import Array
 
+from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.launch import triton_call
 
 
@@ -14,6 +15,9 @@ def rms_norm_kernel(
     x_ptr,
     weight_ptr,
     residual_ptr,
+    delta_ptr,
+    scale_bank_ptr,
+    scale_rows_ptr,
     normed_ptr,
     total_ptr,
     part_size,
@@ -21,9 +25,10 @@ def rms_norm_kernel(
     D: tl.constexpr,
     EPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IS_ADAPTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x [PARTS, T, D], residual, normed and total [T, D], weight [D]; part_size is T * D; grid (T).
+    """x [PARTS, T, D], residual, delta, normed and total [T, D], weight [D]; part_size is T * D; grid (T).
 
     BLOCK_D is D's next power of two: the columns past D are zeros, which add nothing to the mean.
     """
@@ -35,6 +40,11 @@ def rms_norm_kernel(
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(x_ptr + part * part_size + offsets, mask=inside, other=0.0).to(tl.float32)
+    if IS_ADAPTED:
+        row = tl.load(scale_rows_ptr + tl.program_id(0))
+        is_scaled = inside & (row >= 0)
+        total *= tl.load(scale_bank_ptr + row.to(tl.int64) * D + columns, mask=is_scaled, other=1.0)
+        total += tl.load(delta_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(total_ptr + offsets, total.to(total_ptr.dtype.element_ty), mask=inside)
@@ -42,7 +52,9 @@ def rms_norm_kernel(
     tl.store(normed_ptr + offsets, (total * scale * weight).to(normed_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_norm_triton(x: Array, weight: Array, residual: Array | None, *, eps: float) -> tuple[Array, Array]:
+def rms_norm_triton(
+    x: Array, weight: Array, residual: Array | None, adapted: Adapted | None = None, *, eps: float
+) -> tuple[Array, Array]:
     """See `api.rms_norm`.
 
     Raises:
@@ -56,8 +68,9 @@ def rms_norm_triton(x: Array, weight: Array, residual: Array | None, *, eps: flo
     return triton_call(
         x,
         weight,
-        # A residual that is not there is never read: `x` stands in for it.
+        # What is not there is never read: `x` stands in for it.
         x if residual is None else residual,
+        *((x, x, x) if adapted is None else (adapted.delta, adapted.scale_bank, adapted.scale_rows)),
         kernel=rms_norm_kernel,
         out_type=(result, result),
         grid=(tokens,),
@@ -69,5 +82,6 @@ def rms_norm_triton(x: Array, weight: Array, residual: Array | None, *, eps: flo
         D=size,
         EPS=eps,
         HAS_RESIDUAL=residual is not None,
+        IS_ADAPTED=adapted is not None,
         BLOCK_D=block,
     )

@@ -5,6 +5,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float, Int
 
+from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.dispatch import select
 from qwen2_kernels.write_kv.reference import write_kv_reference
 from qwen2_kernels.write_kv.xla import write_kv_xla
@@ -28,6 +29,7 @@ def write_kv(
     slot_mapping: Int[Array, " T"],
     *,
     bias: Float[Array, "K G+2 H"] | None = None,
+    adapted: Adapted | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     implementation: str = "auto",
@@ -42,6 +44,7 @@ def write_kv(
             scale, and in 8 bits (float8_e4m3fn) clipped to the type's range.
         slot_mapping: where each token goes, `block * B + offset`; -1 writes nothing.
         bias: the projection's, added to each token first.
+        adapted: what adapters change in the projection before `bias`, which is needed, is added.
         k_scale, v_scale: what a stored value is multiplied by to give the real one.
 
     Returns:
@@ -56,9 +59,11 @@ def write_kv(
     tokens, kv_heads, slots, head_dim = qkv.shape[-4:]
     shapes = {"qkv": qkv, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool, "slot_mapping": slot_mapping}
     shapes |= {} if bias is None else {"bias": bias}
+    shapes |= {} if adapted is None else {name: getattr(adapted, name) for name in adapted.__dataclass_fields__}
     if (
         slots < 3
-        or (qkv.ndim == 5 and bias is None)
+        or (bias is None and (qkv.ndim == 5 or adapted is not None))
+        or (adapted is not None and not adapted.fits(qkv.shape[-4:]))
         or head_dim % 2
         or not cos.shape == sin.shape == (tokens, head_dim // 2)
         or k_pool.shape[2:] != (kv_heads, head_dim)
@@ -71,4 +76,4 @@ def write_kv(
     if head_dim & (head_dim - 1):
         gpu, reason = "xla", f"a head dim of {head_dim} is not a power of two"
     run = select("write_kv", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
-    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, bias, k_scale=k_scale, v_scale=v_scale)
+    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, bias, adapted, k_scale=k_scale, v_scale=v_scale)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qwen2_kernels.adapted import Adapted
+
 
 def write_kv_reference(
     qkv: Array,
@@ -13,6 +15,7 @@ def write_kv_reference(
     v_pool: Array,
     slot_mapping: Array,
     bias: Array | None = None,
+    adapted: Adapted | None = None,
     *,
     k_scale: float,
     v_scale: float,
@@ -22,6 +25,7 @@ def write_kv_reference(
     wide, dtype = qkv.astype(jnp.float32), qkv.dtype
     if bias is not None:
         wide = wide if qkv.ndim == 4 else wide.sum(axis=0)
+        wide = wide if adapted is None else adapted(wide)
         wide, dtype = wide + bias.astype(jnp.float32)[None], bias.dtype
     rotated_heads = wide[:, :, :-1]
     pairs = jax.lax.complex(rotated_heads[..., :half], rotated_heads[..., half:])

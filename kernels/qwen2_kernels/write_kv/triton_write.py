@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from jax import Array
 
+from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.launch import triton_call
 
 
@@ -16,6 +17,9 @@ def _write_kv_kernel(
     sin_ptr,
     slots_ptr,
     bias_ptr,
+    delta_ptr,
+    scale_bank_ptr,
+    scale_rows_ptr,
     k_pool_ptr,
     v_pool_ptr,
     q_ptr,
@@ -28,11 +32,12 @@ def _write_kv_kernel(
     GP: tl.constexpr,
     BT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_ADAPTED: tl.constexpr,
     k_inverse_scale: tl.constexpr,
     v_inverse_scale: tl.constexpr,
     limit: tl.constexpr,
 ):
-    """qkv [PARTS, T, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot.
+    """qkv [PARTS, T, K, G+2, H], delta [T, K, G+2, H], scale_bank [V, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot.
 
     GP is G+1 as a power of two, part_size is T * K * (G+2) * H.
     """
@@ -54,6 +59,15 @@ def _write_kv_kernel(
     for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         low += tl.load(qkv_ptr + part * part_size + source, mask=rotates, other=0.0).to(tl.float32)
         high += tl.load(qkv_ptr + part * part_size + source + half, mask=rotates, other=0.0).to(tl.float32)
+    columns = kv_head * (G + 2) * H
+    if IS_ADAPTED:
+        scale_row = tl.load(scale_rows_ptr + token, mask=is_token, other=-1).to(tl.int64)
+        scales = (scale_row * K * (G + 2) * H + columns)[:, None, None] + head[None, :, None] * H + lane[None, None, :]
+        is_scaled = rotates & (scale_row >= 0)[:, None, None]
+        low *= tl.load(scale_bank_ptr + scales, mask=is_scaled, other=1.0)
+        high *= tl.load(scale_bank_ptr + scales + half, mask=is_scaled, other=1.0)
+        low += tl.load(delta_ptr + source, mask=rotates, other=0.0).to(tl.float32)
+        high += tl.load(delta_ptr + source + half, mask=rotates, other=0.0).to(tl.float32)
     if HAS_BIAS:
         shift = bias_ptr + kv_head * (G + 2) * H + head[:, None] * H + lane[None, :]
         has_shift = (head < G + 1)[:, None]
@@ -84,6 +98,11 @@ def _write_kv_kernel(
     value = tl.load(qkv_ptr + source, mask=is_value, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         value += tl.load(qkv_ptr + part * part_size + source, mask=is_value, other=0.0).to(tl.float32)
+    if IS_ADAPTED:
+        scale_row = tl.load(scale_rows_ptr + token, mask=is_token, other=-1).to(tl.int64)
+        scales = (scale_row * K * (G + 2) * H + columns + (G + 1) * H)[:, None] + column[None, :]
+        value *= tl.load(scale_bank_ptr + scales, mask=is_value & (scale_row >= 0)[:, None], other=1.0)
+        value += tl.load(delta_ptr + source, mask=is_value, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias_ptr + (kv_head * (G + 2) + G + 1) * H + column).to(tl.float32)[None, :]
     value = tl.clamp(value * v_inverse_scale, -limit, limit)
@@ -98,6 +117,7 @@ def write_kv_triton(
     v_pool: Array,
     slot_mapping: Array,
     bias: Array | None = None,
+    adapted: Adapted | None = None,
     *,
     k_scale: float,
     v_scale: float,
@@ -115,7 +135,8 @@ def write_kv_triton(
         cos,
         sin,
         slot_mapping,
-        qkv if bias is None else bias,  # one that is not there is never read
+        qkv if bias is None else bias,  # what is not there is never read
+        *((qkv, qkv, qkv) if adapted is None else (adapted.delta, adapted.scale_bank, adapted.scale_rows)),
         k_ref,
         v_ref,
         kernel=_write_kv_kernel,
@@ -132,6 +153,7 @@ def write_kv_triton(
         GP=triton.next_power_of_2(group + 1),
         BT=tile,
         HAS_BIAS=bias is not None,
+        IS_ADAPTED=adapted is not None,
         k_inverse_scale=1 / k_scale,
         v_inverse_scale=1 / v_scale,
         limit=float(info.max) if info.bits == 8 else float("inf"),

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qwen2_kernels.adapted import Adapted
+
 
 def write_kv_xla(
     qkv: Array,
@@ -13,6 +15,7 @@ def write_kv_xla(
     v_pool: Array,
     slot_mapping: Array,
     bias: Array | None = None,
+    adapted: Adapted | None = None,
     *,
     k_scale: float,
     v_scale: float,
@@ -21,6 +24,7 @@ def write_kv_xla(
     dtype = qkv.dtype
     if bias is not None:
         qkv = qkv.astype(jnp.float32) if qkv.ndim == 4 else qkv.astype(jnp.float32).sum(axis=0)
+        qkv = qkv if adapted is None else adapted(qkv)
         qkv, dtype = qkv + bias.astype(jnp.float32)[None], bias.dtype
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     q = _rotate(q, cos[:, None, None, :], sin[:, None, None, :]).astype(dtype)
