@@ -21,6 +21,7 @@ from benchmarking.attention_cases import flash_attention_cases, paged_attention_
 from benchmarking.case import Case, Selection
 from benchmarking.elementwise_cases import rms_norm_cases, write_kv_cases
 from benchmarking.linear_cases import linear_cases, norm_linear_cases
+from benchmarking.lora_cases import lora_cases
 from benchmarking.record import write_record
 from benchmarking.timing import measure_limits, run_cases
 from qwen2_kernels import tuning
@@ -33,6 +34,7 @@ OPS: dict[str, Callable[[Selection], Iterator[Case]]] = {
     "write_kv": write_kv_cases,
     "paged_attention": paged_attention_cases,
     "flash_attention": flash_attention_cases,
+    "lora": lora_cases,
 }
 
 

@@ -1,5 +1,6 @@
 """The offline API: `LLM`, with vLLM's names and shapes."""
 
+import asyncio
 import queue
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -14,7 +15,8 @@ from qwen2_jax.engine.async_engine import AsyncEngine
 from qwen2_jax.engine.build import build_engine, read_checkpoint
 from qwen2_jax.engine.engine import Output
 from qwen2_jax.engine.input_processor import ProcessedInput, Prompt
-from qwen2_jax.errors import AdapterError, ConfigError, RequestError
+from qwen2_jax.errors import ConfigError, RequestError
+from qwen2_jax.llm_adapters import Adapters, LoadedLoRA, LoRARequests
 from qwen2_jax.models.checkpoint import read_json
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.text.tokenizer import Tokenizer
@@ -78,6 +80,7 @@ class LLM:
         )
         self._normalize = checkpoint.embedding_modules is not None and checkpoint.embedding_modules.normalize
         self._engine = AsyncEngine(engine)
+        self._adapters = Adapters(self._engine)
 
     def generate(
         self,
@@ -85,7 +88,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        lora_request: LoRARequests = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; results come in the prompts' order.
@@ -94,14 +97,15 @@ class LLM:
             prompts: one or many texts, token-id lists, or `{"prompt_token_ids": [...]}`.
             sampling_params: one for all, or one per prompt; None takes the model's defaults.
             use_tqdm: show a progress bar.
-            lora_request: not served yet; only None is accepted.
+            lora_request: the adapter of all prompts, or one or None per prompt; needs `enable_lora=True`.
             priority: one per prompt; lower runs first under `scheduling_policy="priority"`.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served. Nothing is run then.
+            AdapterError: an adapter cannot be served. Nothing is run then, unless its files go while it waits.
         """
-        _refuse_lora(lora_request)
         prompts = _as_list(prompts)
+        adapters = self._adapters.find(lora_request, len(prompts))
         params = self._params_per_prompt(sampling_params, len(prompts))
         priorities = [0] * len(prompts) if priority is None else list(priority)
         _check_length("priority", len(priorities), len(prompts))
@@ -111,8 +115,9 @@ class LLM:
                 prompt,
                 each.replace(output_kind=RequestOutputKind.FINAL_ONLY),
                 priority=rank,
+                adapter=adapter,
             )
-            for prompt, each, rank in zip(prompts, params, priorities, strict=True)
+            for prompt, each, rank, adapter in zip(prompts, params, priorities, adapters, strict=True)
         ]
         return [output for output in self._run(sources, use_tqdm) if isinstance(output, RequestOutput)]
 
@@ -122,7 +127,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        lora_request: LoRARequests = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -157,31 +162,54 @@ class LLM:
 
         Leaving the loop early aborts the request.
         """
-        _refuse_lora(lora_request)
+        adapter = (await asyncio.to_thread(self._adapters.find, lora_request, 1))[0]
         if not isinstance(prompt, str | dict) and prompt and isinstance(prompt[0], Mapping):
             prompt = self._chat_prompt(cast(Sequence[Message], prompt))
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         inputs = self._engine.engine.inputs
         request_id = self._engine.new_request_id()
-        source = inputs.generation(request_id, cast(Prompt, prompt), params, priority=priority)
+        source = inputs.generation(request_id, cast(Prompt, prompt), params, priority=priority, adapter=adapter)
         async with aclosing(self._engine.stream(source)) as outputs:
             async for output in outputs:
                 assert isinstance(output, RequestOutput)
                 yield output
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, normalize: bool | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
+        normalize: bool | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """Return one vector per prompt; `normalize` makes its length 1 (None: as the checkpoint's modules say)."""
         prompts = _as_list(prompts)
-        inputs = self._engine.engine.inputs
-        sources = [inputs.embedding(self._engine.new_request_id(), prompt) for prompt in prompts]
+        inputs, adapters = self._engine.engine.inputs, self._adapters.find(lora_request, len(prompts))
+        sources = [
+            inputs.embedding(self._engine.new_request_id(), prompt, adapter=adapter)
+            for prompt, adapter in zip(prompts, adapters, strict=True)
+        ]
         outputs = [output for output in self._run(sources, use_tqdm) if isinstance(output, EmbeddingRequestOutput)]
         return (
             [_normalized(output) for output in outputs]
             if (normalize or (normalize is None and self._normalize))
             else outputs
         )
+
+    def load_lora(self, lora_request: LoRARequest, *, pin: bool = False) -> LoadedLoRA:
+        """Bring an adapter to the device ahead of its first request; with `pin` it stays there until it is unloaded.
+
+        Raises `AdapterError` for one that cannot be served, and `CapacityError` where those in use leave no room.
+        """
+        return self._adapters.load(lora_request, pin=pin)
+
+    def unload_lora(self, name: str) -> None:
+        """Forget the adapters called `name`; running requests keep theirs. `AdapterError` if there are none."""
+        self._adapters.unload(name)
+
+    def list_loras(self) -> list[LoadedLoRA]:
+        """Return the adapters that are known, with where they are and what they change."""
+        return self._adapters.list()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises `ConfigError` when there is none."""
@@ -278,12 +306,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _check_length(name: str, found: int, expected: int) -> None:
     if found != expected:
         raise RequestError(f"{name} has {found} entries for {expected} prompts; pass one per prompt")
-
-
-def _refuse_lora(lora_request: object) -> None:
-    requests = lora_request if isinstance(lora_request, list | tuple) else [lora_request]
-    if any(request is not None for request in requests):
-        raise AdapterError(f"lora_request={lora_request!r}: LoRA adapters are not served yet; leave it out")
 
 
 def _normalized(output: EmbeddingRequestOutput) -> EmbeddingRequestOutput:

@@ -53,6 +53,8 @@ JAX_FREE = (
     "qwen2_jax.cache.prefix_cache",
     "qwen2_jax.engine.request",
     "qwen2_jax.engine.scheduler",
+    "qwen2_jax.lora.files",
+    "qwen2_jax.lora.reader",
     "qwen2_jax.text",
     "qwen2_jax.cli",
 )

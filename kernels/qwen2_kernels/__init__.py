@@ -4,19 +4,26 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 `NotImplementedError` where it cannot do what is asked. Nothing here knows of a mesh, a config or an engine.
 """
 
+from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.dispatch import by_platform
 from qwen2_kernels.flash_attention.api import flash_attention
 from qwen2_kernels.linear.api import linear, linear_partial
+from qwen2_kernels.lora.api import lora_delta, lora_gated
+from qwen2_kernels.lora.batch import LoRABatch
 from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.write_kv.api import write_kv
 
 __all__ = [
+    "Adapted",
+    "LoRABatch",
     "by_platform",
     "flash_attention",
     "linear",
     "linear_partial",
+    "lora_delta",
+    "lora_gated",
     "norm_linear",
     "paged_attention",
     "rms_norm",

@@ -218,3 +218,24 @@ PREFILL_BENCHES: dict[str, tuple[Row, ...]] = {
     "128 decodes, 1 x 2048": (*_decodes(*[640] * 128), *_prompts(2048)),
 }
 """Steps with prefills to time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRABench:
+    """A step with adapters to time: its tokens are spread evenly over them."""
+
+    tokens: int
+    adapters: int
+    rank: int = 16
+    tile: int | None = None
+    """The most tokens of a segment; None is what the tables have by default."""
+
+
+LORA_BENCHES: tuple[LoRABench, ...] = (
+    *(
+        LoRABench(tokens=tokens, adapters=adapters)
+        for tokens, adapters in ((1, 1), (8, 8), (32, 8), (32, 32), (128, 8), (128, 32), (8192, 1), (8192, 32))
+    ),
+    LoRABench(tokens=32, adapters=32, rank=64),
+)
+"""Decode steps and steps with prefills whose adapters are timed."""

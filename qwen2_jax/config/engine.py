@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from qwen2_jax.config.lora import LoRAConfig
 from qwen2_jax.config.model import ModelConfig
 from qwen2_jax.errors import ConfigError, reject_unknown
 
@@ -15,10 +16,6 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 
 # vLLM's options that are not built: what each means here, and the values that ask for nothing.
 _NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "enable_lora": ("LoRA adapters are not served yet", (False, None)),
-    "max_loras": ("LoRA adapters are not served yet", (None,)),
-    "max_lora_rank": ("LoRA adapters are not served yet", (None,)),
-    "max_cpu_loras": ("LoRA adapters are not served yet", (None,)),
     "quantization": ("quantised weights are not served", (None,)),
     "speculative_config": ("speculative decoding is not served yet", (None,)),
     "pipeline_parallel_size": ("layers are not split over devices; use tensor_parallel_size", (1, None)),
@@ -96,6 +93,7 @@ class EngineConfig:
     """How the engine runs. None leaves a value to the platform; `resolve` fills it in."""
 
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     max_model_len: int | None = None
     """The longest sequence, prompt and output together, in tokens. None: the model's context length."""
     max_num_seqs: int | None = None
@@ -225,8 +223,8 @@ def split_options(options: Mapping[str, Any]) -> tuple[LoadConfig, EngineConfig]
     Raises `ConfigError` for an unknown name, with the nearest known one, and for an option of vLLM's that is not built.
     """
     load, cache = _names(LoadConfig), _names(CacheConfig)
-    engine = _names(EngineConfig) - {"cache"}
-    reject_unknown("option", options, [*load, *cache, *engine, *_NOT_BUILT])
+    lora, engine = _names(LoRAConfig), _names(EngineConfig) - {"cache", "lora"}
+    reject_unknown("option", options, [*load, *cache, *lora, *engine, *_NOT_BUILT])
     for name, (why, harmless) in _NOT_BUILT.items():
         if name in options and not any(options[name] is ok or options[name] == ok for ok in harmless):
             raise ConfigError(f"{name}={options[name]!r} is refused: {why}")
@@ -234,7 +232,8 @@ def split_options(options: Mapping[str, Any]) -> tuple[LoadConfig, EngineConfig]
     def pick(names: set[str]) -> dict[str, Any]:
         return {name: value for name, value in options.items() if name in names}
 
-    return LoadConfig(**pick(load)), EngineConfig(cache=CacheConfig(**pick(cache)), **pick(engine))
+    parts = {"cache": CacheConfig(**pick(cache)), "lora": LoRAConfig(**pick(lora))}
+    return LoadConfig(**pick(load)), EngineConfig(**parts, **pick(engine))
 
 
 def _names(config: type) -> set[str]:

@@ -107,6 +107,8 @@ class AsyncEngine:
             while self._drain_inbox(block=not self.engine.has_unfinished):
                 for output in self.engine.step():
                     self._deliver(output)
+                for request_id, error in self.engine.take_failures():
+                    self._tell(request_id, self._listeners.pop(request_id), error)
             reason = EngineDeadError("the engine was shut down")
         except BaseException as error:
             logger.exception("the engine failed")
@@ -114,7 +116,7 @@ class AsyncEngine:
         with self._gate:
             self._error = reason
         self._fail_all()
-        self.engine.runner.close()
+        self.engine.close()
 
     def _drain_inbox(self, *, block: bool) -> bool:
         """Run what callers have posted, waiting for the first if `block`; False after `shutdown`."""

@@ -18,6 +18,9 @@ from qwen2_jax.engine.step_inputs import (
     prefill_layout,
     sample_layout,
 )
+from qwen2_jax.lora.entry import AdapterEntry
+from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.models.adapters import TableSizes, build_lora_tables
 
 PER_TOKEN = ("input_ids", "position_ids", "token_rows", "slot_mapping")
 _CHANGE_LOGITS = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
@@ -27,8 +30,8 @@ _PER_CALL = ("row_indices", "sample_positions", "last_positions", "output_indice
 class BatchBuilder:
     """Builds the inputs of decode calls, prefill steps and the sampling behind these."""
 
-    def __init__(self, config: ResolvedConfig) -> None:
-        self._config = config
+    def __init__(self, config: ResolvedConfig, lora: LoRASizes | None = None) -> None:
+        self._config, self._lora = config, lora
         rows = config.max_num_seqs + 1
         self._tables = np.zeros((rows, config.blocks_per_sequence), np.int32)
         self._table_lens = [0] * rows
@@ -75,7 +78,10 @@ class BatchBuilder:
     def decode(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
         """Return the bucket, R, and the packed inputs of a call of decode rows."""
         bucket = _bucket(self._config.decode_buckets, len(output.rows))
-        packed, views = allocate(decode_layout(bucket, self._config.blocks_per_sequence))
+        tables = self._tables_of(output, bucket, bucket)
+        packed, views = allocate(decode_layout(bucket, self._config.blocks_per_sequence, tables))
+        if tables is not None:
+            _fill_adapters(views, output, tables)
         views["num_steps"][0] = output.num_steps
         self._fill_tables(views, output)
         self._fill_sampling(views, output)
@@ -88,7 +94,10 @@ class BatchBuilder:
         """Return the bucket, T, and the packed inputs of a step with prefills."""
         bucket = _bucket(self._config.prefill_buckets, sum(row.num_tokens for row in output.rows))
         rows = self._config.prefill_rows(bucket)
-        packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence))
+        tables = self._tables_of(output, bucket, rows)
+        packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence, tables))
+        if tables is not None:
+            _fill_adapters(views, output, tables)
         views["slot_mapping"][:] = -1
         views["token_rows"][:] = self._config.max_num_seqs
         self._fill_tables(views, output)
@@ -126,6 +135,10 @@ class BatchBuilder:
         return [
             np.concatenate([[start], targets[start : start + size]]).astype(np.int32) for start in range(0, end, size)
         ]
+
+    def _tables_of(self, output: SchedulerOutput, tokens: int, rows: int) -> TableSizes | None:
+        """Return the sizes of the adapters' tables of a call; None for one without adapters."""
+        return self._lora.tables(tokens, rows) if self._lora is not None and uses_adapters(output) else None
 
     def _fill_tokens(self, part: dict[str, np.ndarray], row: ScheduledRow) -> None:
         request, stop = row.request, row.start + row.num_tokens
@@ -169,6 +182,28 @@ class BatchBuilder:
         if len(blocks) > known:
             self._tables[row, known : len(blocks)] = blocks[known:]
             self._table_lens[row] = len(blocks)
+
+
+def uses_adapters(output: SchedulerOutput) -> bool:
+    """Return whether any row of a call has an adapter."""
+    return any(row.request.adapter is not None for row in output.rows)
+
+
+def _fill_adapters(views: dict[str, np.ndarray], output: SchedulerOutput, sizes: TableSizes) -> None:
+    """Group a call's tokens by their rows' adapters."""
+    groups: dict[AdapterEntry, int] = {}
+    row_groups = []
+    for row in output.rows:
+        adapter = row.request.adapter
+        row_groups.append(-1 if adapter is None else groups.setdefault(adapter, len(groups)))
+    found = [adapter.group for adapter in groups if adapter.group is not None]
+    assert len(found) == len(groups), "a running request's adapter is on the device"
+    token_groups = np.full(len(views["token_order"]), -1)
+    repeated = np.repeat(row_groups, [row.num_tokens for row in output.rows])
+    token_groups[: len(repeated)] = repeated
+    for name, table in build_lora_tables(token_groups, found, sizes).items():
+        views[name][:] = table
+    views["scale_rows"][:] = np.array([*(group.vector for group in found), -1])[token_groups]
 
 
 def _wants_report(row: ScheduledRow) -> bool:

@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
 from qwen2_jax.engine.block_manager import peak_blocks
 from qwen2_jax.engine.compilation import use_persistent_cache
 from qwen2_jax.engine.engine import Engine
 from qwen2_jax.engine.input_processor import InputProcessor
-from qwen2_jax.engine.model_loader import load_model, model_config
+from qwen2_jax.engine.model_loader import LoadedModel, load_model, model_config
 from qwen2_jax.engine.model_runner import ModelRunner
 from qwen2_jax.engine.schedule import SchedulerConfig
 from qwen2_jax.engine.scheduler import Scheduler
+from qwen2_jax.errors import ConfigError
+from qwen2_jax.lora.banks import DeviceBanks
+from qwen2_jax.lora.manager import AdapterManager
+from qwen2_jax.lora.pages import PageLayout
+from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.models.activations import FUSED_ACTIVATIONS
 from qwen2_jax.models.checkpoint import Checkpoint
+from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weights import open_checkpoint
+from qwen2_jax.parallel import TP
 from qwen2_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,18 +52,54 @@ def build_engine(
     loaded = load_model(checkpoint, model, load, options)
     logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
     limits = _scheduler_config(model, config)
-    runner = ModelRunner(loaded, config, blocks_needed=_blocks_needed(limits), cache_directory=cache_directory)
-    scheduler, num_blocks = Scheduler(limits, runner.num_blocks), runner.num_blocks
+    sizes, adapters = _adapters(loaded, options, load)
+    runner = ModelRunner(
+        loaded,
+        config,
+        blocks_needed=_blocks_needed(limits),
+        cache_directory=cache_directory,
+        banks=None if adapters is None else adapters.banks,
+        lora=sizes,
+    )
+    scheduler, num_blocks = Scheduler(limits, runner.num_blocks, adapters), runner.num_blocks
     runner.compile(use_tqdm=load.use_tqdm_on_load)  # last, because it takes longest and nothing can be refused after it
     if runner.num_blocks != num_blocks:
-        scheduler = Scheduler(limits, runner.num_blocks)
+        scheduler = Scheduler(limits, runner.num_blocks, adapters)
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
-    return Engine(runner, scheduler, inputs, tokenizer), model, config
+    return Engine(runner, scheduler, inputs, tokenizer, adapters), model, config
 
 
 def read_checkpoint(path: Path, load: LoadConfig) -> Checkpoint:
     """Open the checkpoint at `path` in the format that `load` asks for."""
     return open_checkpoint(path, load.load_format)
+
+
+def _adapters(
+    loaded: LoadedModel, options: EngineConfig, load: LoadConfig
+) -> tuple[LoRASizes | None, AdapterManager | None]:
+    """Make room for adapters, if they are asked for."""
+    if not options.lora.enable_lora:
+        return None, None
+    model, tp = loaded.config, loaded.mesh.shape[TP]
+    if model.hidden_act not in FUSED_ACTIVATIONS:
+        raise ConfigError(
+            f"enable_lora=True with hidden_act={model.hidden_act!r} is not served; adapters need one of "
+            f"{', '.join(FUSED_ACTIVATIONS)}"
+        )
+    sizes = LoRASizes.of(options.lora, model, loaded.dtype, tp)
+    banks = DeviceBanks(
+        model,
+        loaded.graphdef,
+        loaded.params,
+        loaded.mesh,
+        loaded.dtype,
+        num_pages=sizes.num_pages,
+        num_vectors=sizes.num_vectors,
+        max_pages=sizes.max_pages,
+    )
+    layout = PageLayout(model, WeightLayout.on(model, tp), jnp.dtype(loaded.dtype))
+    manager = AdapterManager(model, layout, banks, sizes, token=load.hf_token)
+    return sizes, manager
 
 
 def _scheduler_config(model: ModelConfig, config: ResolvedConfig) -> SchedulerConfig:

@@ -13,6 +13,8 @@ from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import SchedulerOutput
 from qwen2_jax.engine.scheduler import Scheduler
 from qwen2_jax.engine.step_results import Launched, RowResult
+from qwen2_jax.errors import AdapterError
+from qwen2_jax.lora.manager import AdapterManager
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import EmbeddingRequestOutput, RequestOutput
 
@@ -22,19 +24,27 @@ Output = RequestOutput | EmbeddingRequestOutput
 
 RUN_AHEAD = 1
 """Calls that are launched before the oldest one's results are read."""
+_ADAPTER_WAIT_SECONDS = 0.02
+"""How long a step waits for an adapter where there is nothing else to do."""
 
 
 class Engine:
     """Serves requests step by step. One thread at a time may use it; `inputs` may be used from any."""
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, inputs: InputProcessor, tokenizer: Tokenizer | None
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        inputs: InputProcessor,
+        tokenizer: Tokenizer | None,
+        adapters: AdapterManager | None = None,
     ) -> None:
-        self.runner, self.scheduler, self.inputs = runner, scheduler, inputs
+        self.runner, self.scheduler, self.inputs, self.adapters = runner, scheduler, inputs, adapters
         self._tokenizer = tokenizer
         self._groups: dict[str, GroupOutput] = {}
         self._group_of: dict[Request, tuple[GroupOutput, int]] = {}
         self._in_flight: deque[Launched] = deque()
+        self._failures: list[tuple[str, AdapterError]] = []
 
     @property
     def has_unfinished(self) -> bool:
@@ -63,10 +73,13 @@ class Engine:
     def step(self) -> list[Output]:
         """Launch the next call if there is one, and return what the oldest call under way has changed."""
         planned = self.scheduler.schedule()
+        self._fail_adapters()
         if planned is not None:
             self._in_flight.append(self.runner.launch(planned))
             self._note_scheduled(planned)
         if not self._in_flight or (planned is not None and len(self._in_flight) <= RUN_AHEAD):
+            if not self._in_flight and self._groups and self.adapters is not None:
+                self.adapters.wait(_ADAPTER_WAIT_SECONDS)
             return []
         launched = self._in_flight.popleft()
         return self._postprocess(launched.output, launched.read())
@@ -82,6 +95,29 @@ class Engine:
                 group = self._take(row.request, result)
                 groups[group.source.request_id] = group
         return [rendered for group in groups.values() if (rendered := self._render(group)) is not None]
+
+    def take_failures(self) -> list[tuple[str, AdapterError]]:
+        """Return the requests that ended with an error since the last call, by id."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def close(self) -> None:
+        """Let go of the device's memory."""
+        if self.adapters is not None:
+            self.adapters.close()
+        self.runner.close()
+
+    def _fail_adapters(self) -> None:
+        """End the groups of requests whose adapter cannot be loaded."""
+        for request in self.scheduler.take_failed():
+            group = self._group_of.pop(request, None)
+            if group is None or self._groups.pop(group[0].source.request_id, None) is None:
+                continue
+            for other in group[0].source.sequences:
+                self.scheduler.abort(other.request_id)
+                self._group_of.pop(other, None)
+            assert request.adapter is not None and request.adapter.error is not None
+            self._failures.append((group[0].source.request_id, request.adapter.error))
 
     def _take(self, request: Request, result: RowResult) -> GroupOutput:
         group, index = self._group_of[request]

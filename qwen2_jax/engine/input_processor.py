@@ -11,6 +11,7 @@ from qwen2_jax.config import ModelConfig, ResolvedConfig
 from qwen2_jax.engine.logit_bias import LogitBias, ThinkingTokens
 from qwen2_jax.engine.request import Request
 from qwen2_jax.errors import RequestError, nearest
+from qwen2_jax.lora.entry import AdapterEntry
 from qwen2_jax.request_checks import check_instance, check_list
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import SamplingParams
@@ -45,7 +46,13 @@ class InputProcessor:
         self._arrivals = itertools.count()
 
     def generation(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: AdapterEntry | None = None,
     ) -> ProcessedInput:
         """Return a generation request. Raises `RequestError` for a prompt or parameters that cannot be served."""
         if self._model.is_embedding_model:
@@ -60,10 +67,12 @@ class InputProcessor:
         for index in range(params.n):
             name = request_id if params.n == 1 else f"{index}_{request_id}"
             leader = sequences[0] if sequences else None
-            sequences.append(self._sequence(name, token_ids, params, index, leader, priority))
+            sequences.append(self._sequence(name, token_ids, params, index, leader, priority, adapter))
         return ProcessedInput(request_id=request_id, prompt=text, sequences=tuple(sequences), params=params)
 
-    def embedding(self, request_id: str, prompt: Prompt, *, priority: int = 0) -> ProcessedInput:
+    def embedding(
+        self, request_id: str, prompt: Prompt, *, priority: int = 0, adapter: AdapterEntry | None = None
+    ) -> ProcessedInput:
         """Return an embedding request. Raises `RequestError` for a prompt that cannot be served."""
         if not self._model.is_embedding_model:
             raise RequestError(f"{self._model.architecture} generates text; use LLM(..., runner='pooling') to embed")
@@ -77,6 +86,8 @@ class InputProcessor:
             max_model_len=self._config.max_model_len,
             priority=priority,
             arrival=next(self._arrivals),
+            adapter=adapter,
+            cache_salt=None if adapter is None else adapter.digest,
             use_prefix_cache=False,
             whole_prompt=not self._model.is_causal,
         )
@@ -90,6 +101,7 @@ class InputProcessor:
         index: int,
         leader: Request | None,
         priority: int,
+        adapter: AdapterEntry | None,
     ) -> Request:
         bias = self._logit_bias(params) if _changes_logits(params) else None
         seed = self._seeds.getrandbits(64) if params.seed is None else (params.seed + index) & (2**64 - 1)
@@ -101,6 +113,8 @@ class InputProcessor:
             eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
             priority=priority,
             arrival=next(self._arrivals),
+            adapter=adapter,
+            cache_salt=None if adapter is None else adapter.digest,
             fork_of=leader if params.reads_prefix_cache else None,
             use_prefix_cache=params.reads_prefix_cache,
             synchronous=bias is not None and bias.is_synchronous,

@@ -19,7 +19,7 @@ from qwen2_jax.models.checkpoint import Checkpoint
 from qwen2_jax.models.registry import model_class
 from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weights import load_weights
-from qwen2_jax.parallel import HeadLayout, make_mesh, pad_to_multiple
+from qwen2_jax.parallel import make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +95,7 @@ def _drawer(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, k
 def _read_weights(
     checkpoint: Checkpoint, config: ModelConfig, load: LoadConfig, tp: int, dtype: str, shardings: Any
 ) -> dict[str, Any]:
-    layout = WeightLayout(
-        heads=HeadLayout(config.num_attention_heads, config.num_key_value_heads, tp),
-        intermediate_size=pad_to_multiple(config.intermediate_size, tp),
-        vocab_size=pad_to_multiple(config.vocab_size, tp),
-    )
+    layout = WeightLayout.on(config, tp)
 
     def put(path: tuple[str | int, ...], array: np.ndarray) -> jax.Array:
         sharding = shardings

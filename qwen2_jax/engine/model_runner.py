@@ -4,46 +4,47 @@
 launches, and each finds the tokens of the one before in the per-request state, so that the host need not know them.
 """
 
-import itertools
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from qwen2_jax.cache.kv_cache import PoolLayout, count_blocks
 from qwen2_jax.config import ResolvedConfig
-from qwen2_jax.engine.batch_builder import BatchBuilder
-from qwen2_jax.engine.compilation import CompilationCounter, ProgramSpec, compile_programs
+from qwen2_jax.engine.batch_builder import BatchBuilder, uses_adapters
+from qwen2_jax.engine.compilation import CompilationCounter, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.model_loader import LoadedModel
+from qwen2_jax.engine.program_specs import WITH_ADAPTERS, ProgramKey, ProgramTable, abstract
 from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
-from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout, sample_layout
 from qwen2_jax.engine.step_results import Launched
 from qwen2_jax.engine.workspace import largest_workspace, reported_workspace
+from qwen2_jax.lora.banks import DeviceBanks
+from qwen2_jax.lora.sizes import LoRASizes
 from qwen2_jax.models.qwen2 import KVCache
 from qwen2_jax.parallel import replicated
 
 logger = logging.getLogger(__name__)
-
-ProgramKey = tuple[str, int]
-ROW_STATE = ("token_ids", "logit_bias", "logprob_token_ids")
-"""The arrays of the state whose rows are set from the host."""
 
 
 class ModelRunner:
     """One model, compiled for its buckets."""
 
     def __init__(
-        self, model: LoadedModel, config: ResolvedConfig, *, blocks_needed: int, cache_directory: Path | None = None
+        self,
+        model: LoadedModel,
+        config: ResolvedConfig,
+        *,
+        blocks_needed: int,
+        cache_directory: Path | None = None,
+        banks: DeviceBanks | None = None,
+        lora: LoRASizes | None = None,
     ) -> None:
-        """Count the cache blocks that fit beside the model; nothing can run before `compile`.
+        """Count the cache blocks that fit beside the model and the adapters' banks; nothing can run before `compile`.
 
         One sequence of the full length holds `blocks_needed` blocks at most: `CapacityError` if they do not fit.
         Programs for a GPU are kept in `cache_directory`. On a CPU they are not: its code fits one kind of processor,
@@ -53,7 +54,8 @@ class ModelRunner:
         self._cache_directory = None if jax.default_backend() == "cpu" else cache_directory
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
-        self._builder = BatchBuilder(config)
+        self._banks, self._lora = banks, lora
+        self._builder = BatchBuilder(config, lora)
         self._programs = Programs(
             graphdef=model.graphdef,
             vocab_size=model.config.vocab_size,
@@ -67,7 +69,7 @@ class ModelRunner:
         )
         # Who asks for float32 means it: TF32 has ten bits of mantissa, log-probabilities would be off by 1e-2.
         self._matmul_precision = "highest" if model.dtype == "float32" else None
-        self._params_spec = jax.tree.map(_spec, model.params)
+        self._params_spec = jax.tree.map(abstract, model.params)
         initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
         self._state = jax.jit(initial, out_shardings=self._replicated)()
         self._pools = PoolLayout.of(model.config, config.block_size, model.dtype, model.mesh.shape["tp"])
@@ -81,6 +83,8 @@ class ModelRunner:
     def compile(self, *, use_tqdm: bool = True) -> None:
         """Compile every program and allocate the cache."""
         self._compile(use_tqdm)
+        if self._banks is not None:
+            self._banks.compile()
         workspace = max(reported_workspace(program) for program in self._compiled.values())
         if workspace > self._workspace and jax.default_backend() != "cpu":
             logger.warning("a step takes %d bytes where %d were expected; compiling again", workspace, self._workspace)
@@ -90,7 +94,20 @@ class ModelRunner:
         self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
 
     def _compile(self, use_tqdm: bool) -> None:
-        self._compiled = compile_programs(self._specs(), self._model.mesh, self._executable_cache(), use_tqdm=use_tqdm)
+        table = ProgramTable(
+            config=self._config,
+            programs=self._programs,
+            params=self._params_spec,
+            kv_cache=self._pools.abstract(self._model.mesh, self.num_blocks),
+            state=jax.tree.map(abstract, self._state),
+            banks=None if self._banks is None else self._banks.abstract,
+            lora=self._lora,
+            replicated=self._replicated,
+            matmul_precision=self._matmul_precision,
+            is_embedding=self._is_embedding,
+        )
+        cache = self._executable_cache()
+        self._compiled = compile_programs(table.specs(), self._model.mesh, cache, use_tqdm=use_tqdm)
 
     @property
     def num_compilations(self) -> int:
@@ -124,10 +141,10 @@ class ModelRunner:
             # The greedy program always runs all steps; the other one as many as it is told.
             whole = greedy and output.num_steps == self._config.max_decode_steps
             name = "decode_greedy" if whole and ("decode_greedy", bucket) in self._compiled else "decode"
-            self._kv_cache, self._state, samples = self._run(name, bucket, self._kv_cache, self._state, packed)
+            self._kv_cache, self._state, samples = self._run_step(name, bucket, output, packed)
             return Launched(output, samples)
         bucket, packed = self._builder.prefill(output)
-        self._kv_cache, self._state = self._run("prefill", bucket, self._kv_cache, self._state, packed)
+        self._kv_cache, self._state = self._run_step("prefill", bucket, output, packed)
         samples = None
         if any(row.samples for row in output.rows):
             bucket, packed = self._builder.sample(output)
@@ -139,8 +156,14 @@ class ModelRunner:
 
     def _embed(self, output: SchedulerOutput) -> Launched:
         bucket, packed = self._builder.prefill(output)
-        self._kv_cache, self._state, embeddings = self._run("embed", bucket, self._kv_cache, self._state, packed)
+        self._kv_cache, self._state, embeddings = self._run_step("embed", bucket, output, packed)
         return Launched(output, embeddings=embeddings)
+
+    def _run_step(self, name: str, bucket: int, output: SchedulerOutput, packed: np.ndarray) -> Any:
+        """Run a step's program, the one with the adapters' banks where a row has an adapter."""
+        if self._banks is None or not uses_adapters(output):
+            return self._run(name, bucket, self._kv_cache, self._state, packed)
+        return self._run(name + WITH_ADAPTERS, bucket, self._kv_cache, self._state, packed, self._banks.banks)
 
     def _run(self, name: str, bucket: int, *arguments: Any) -> Any:
         """Run a program on the weights, device arrays, and host arrays, which are copied over."""
@@ -193,78 +216,5 @@ class ModelRunner:
     def _executable_cache(self) -> ExecutableCache | None:
         if self._cache_directory is None:
             return None
-        facts = (self._model.config, self._model.dtype, self._config, self.num_blocks)
+        facts = (self._model.config, self._model.dtype, self._config, self.num_blocks, self._lora)
         return ExecutableCache(self._cache_directory / "programs", self._model.mesh, *facts)
-
-    def _specs(self) -> dict[ProgramKey, ProgramSpec]:
-        """Return every program with its abstract arguments."""
-        config, programs, mesh = self._config, self._programs, self._model.mesh
-        kv_cache = self._pools.abstract(mesh, self.num_blocks)
-        state = jax.tree.map(_spec, self._state)
-        caches = jax.tree.map(lambda leaf: leaf.sharding, (kv_cache, state))
-
-        def step(function: Any, layout: Any, *results: Any) -> ProgramSpec:
-            return ProgramSpec(
-                function=function,
-                arguments=(self._params_spec, kv_cache, state, self._vector(packed_size(layout))),
-                donated=(1, 2),
-                out_shardings=(*caches, *results),
-                matmul_precision=self._matmul_precision,
-            )
-
-        specs: dict[ProgramKey, ProgramSpec] = {}
-        width = config.blocks_per_sequence
-        for tokens in reversed(config.prefill_buckets):
-            rows = config.prefill_rows(tokens)
-            layout = prefill_layout(tokens, rows, width)
-            if self._is_embedding:
-                function = partial(programs.embed, tokens=tokens, rows=rows)
-                specs["embed", tokens] = step(function, layout, self._replicated)
-            else:
-                specs["prefill", tokens] = step(partial(programs.prefill, tokens=tokens, rows=rows), layout)
-        if self._is_embedding:
-            return specs
-        steps = config.max_decode_steps
-        for rows in reversed(config.decode_buckets):
-            layout = decode_layout(rows, width)
-            specs["decode", rows] = step(partial(programs.decode, rows=rows, steps=steps), layout, self._replicated)
-            if steps > 1:
-                function = partial(programs.decode_greedy, rows=rows, steps=steps)
-                specs["decode_greedy", rows] = step(function, layout, self._replicated)
-        return specs | self._small_specs(state)
-
-    def _small_specs(self, state: dict[str, Any]) -> dict[ProgramKey, ProgramSpec]:
-        """The programs without layers: sampling, prompt log-probabilities, and setting a row of state."""
-        programs = self._programs
-        specs: dict[ProgramKey, ProgramSpec] = {
-            ("prompt_logprobs", 0): ProgramSpec(
-                function=programs.prompt_logprobs,
-                arguments=(self._params_spec, state, self._vector(1 + PROMPT_LOGPROBS_CHUNK)),
-                out_shardings=self._replicated,
-                matmul_precision=self._matmul_precision,
-            )
-        }
-        for rows, greedy in itertools.product(self._config.sample_buckets, (False, True)):
-            specs["sample_greedy" if greedy else "sample", rows] = ProgramSpec(
-                function=partial(programs.sample, rows=rows, greedy=greedy),
-                arguments=(self._params_spec, state, self._vector(packed_size(sample_layout(rows)))),
-                donated=(1,),
-                out_shardings=self._replicated,
-                matmul_precision=self._matmul_precision,
-            )
-        for name in ROW_STATE:
-            specs[f"set_{name}", 0] = ProgramSpec(
-                function=partial(programs.set_row, name=name),
-                arguments=(state, self._vector(1 + state[name].shape[1])),
-                donated=(0,),
-                out_shardings=self._replicated,
-            )
-        return specs
-
-    def _vector(self, length: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((length,), jnp.int32, sharding=self._replicated)
-
-
-def _spec(array: jax.Array) -> jax.ShapeDtypeStruct:
-    assert isinstance(array.sharding, NamedSharding)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

@@ -14,7 +14,15 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from qwen2_jax.engine.sampler import empty_samples, likeliest, logprobs_of, sample
-from qwen2_jax.engine.step_inputs import NOWHERE, decode_layout, prefill_layout, sample_layout, unpack
+from qwen2_jax.engine.step_inputs import (
+    LORA_TABLES,
+    NOWHERE,
+    decode_layout,
+    prefill_layout,
+    sample_layout,
+    unpack,
+)
+from qwen2_jax.models.adapters import LayerBanks, LoRABatch, StepAdapters, TableSizes
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
 from qwen2_jax.parallel import pad_to_multiple
@@ -25,6 +33,7 @@ PROMPT_LOGPROBS_CHUNK = 128
 
 Params = dict[str, Any]
 State = dict[str, Array]
+Banks = tuple[LayerBanks, ...]
 Outputs = dict[str, Array]
 
 
@@ -64,19 +73,29 @@ class Programs:
         return {"pooled": jnp.zeros((self.max_num_seqs + 1, self.hidden_size), jnp.float32)}
 
     def decode_greedy(
-        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, rows: int, steps: int
+        self,
+        params: Params,
+        kv_cache: KVCache,
+        state: State,
+        packed: Int[Array, " W"],
+        banks: Banks | None = None,
+        *,
+        rows: int,
+        steps: int,
+        lora: TableSizes | None = None,
     ) -> tuple[KVCache, State, Outputs]:
         """Run `steps` steps of R rows that each take their likeliest token; `token_ids` [steps, R] come back.
 
         The number of steps is fixed and nothing is conditional: each step is one CUDA graph, and the host waits for
-        none of them.
+        none of them. Rows have adapters in programs with `banks` and the sizes of their tables, `lora`.
         """
-        inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence))
+        inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence, lora))
+        adapters = _adapters(inputs, banks, lora)
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
 
         def run_step(step: Array, carry: tuple[KVCache, State, Array]) -> tuple[KVCache, State, Array]:
             kv_cache, state, token_ids = carry
-            (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache)
+            (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache, adapters=adapters)
             sampled = likeliest(logits)
             return kv_cache, self._remember(state, at_step(inputs, step), sampled), token_ids.at[step].set(sampled)
 
@@ -85,15 +104,25 @@ class Programs:
         return kv_cache, state, {"token_ids": token_ids}
 
     def decode(
-        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, rows: int, steps: int
+        self,
+        params: Params,
+        kv_cache: KVCache,
+        state: State,
+        packed: Int[Array, " W"],
+        banks: Banks | None = None,
+        *,
+        rows: int,
+        steps: int,
+        lora: TableSizes | None = None,
     ) -> tuple[KVCache, State, Outputs]:
         """Run `num_steps` of at most `steps` steps of R rows, sampled as each row asks; outputs are [steps, R, ...]."""
-        inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence))
+        inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence, lora))
+        adapters = _adapters(inputs, banks, lora)
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
 
         def run_step(step: Array, carry: tuple[KVCache, State, Outputs]) -> tuple[KVCache, State, Outputs]:
             kv_cache, state, outputs = carry
-            (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache)
+            (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache, adapters=adapters)
             now = at_step(inputs, step)
             sampled = sample(logits, now, state, self.max_logprobs)
             state = self._remember(state, now, sampled["token_ids"])
@@ -104,12 +133,22 @@ class Programs:
         return jax.lax.fori_loop(0, inputs["num_steps"][0], run_step, (kv_cache, state, outputs))
 
     def prefill(
-        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
+        self,
+        params: Params,
+        kv_cache: KVCache,
+        state: State,
+        packed: Int[Array, " W"],
+        banks: Banks | None = None,
+        *,
+        tokens: int,
+        rows: int,
+        lora: TableSizes | None = None,
     ) -> tuple[KVCache, State]:
         """Run one step of T tokens in R rows; the final hidden states go to the state, for `sample`."""
-        inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
+        inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence, lora))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
-        (hidden, _), kv_cache = model(self._prefill_batch(inputs, state), kv_cache, skip_lm_head=True)
+        batch, adapters = self._prefill_batch(inputs, state), _adapters(inputs, banks, lora)
+        (hidden, _), kv_cache = model(batch, kv_cache, adapters=adapters, skip_lm_head=True)
         return kv_cache, state | {"hidden": jax.lax.dynamic_update_slice(state["hidden"], hidden, (0, 0))}
 
     def sample(
@@ -127,13 +166,22 @@ class Programs:
         return state, {name: value[None] for name, value in outputs.items()}
 
     def embed(
-        self, params: Params, kv_cache: KVCache, state: State, packed: Int[Array, " W"], *, tokens: int, rows: int
+        self,
+        params: Params,
+        kv_cache: KVCache,
+        state: State,
+        packed: Int[Array, " W"],
+        banks: Banks | None = None,
+        *,
+        tokens: int,
+        rows: int,
+        lora: TableSizes | None = None,
     ) -> tuple[KVCache, State, Float[Array, "R E"]]:
         """Run one step of T tokens in R rows; returns the embeddings of rows that this step completes."""
-        inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence))
+        inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence, lora))
         model: FlashQwen2ForEmbeddings = nnx.merge(self.graphdef, params)
         batch = self._prefill_batch(inputs, None)
-        hidden, kv_cache = model.model(batch, kv_cache)
+        hidden, kv_cache = model.model(batch, kv_cache, _adapters(inputs, banks, lora))
         starts = batch.context_lens == jnp.diff(inputs["query_start_loc"])
         before = jnp.where(starts[:, None], 0.0, state["pooled"][inputs["row_indices"]])
         total = before + pool_sum(hidden, batch)
@@ -189,6 +237,14 @@ class Programs:
         """Write each sampled token behind its row's others; a row that does not sample has a position out of range."""
         token_ids = state["token_ids"].at[rows["row_indices"], rows["sample_positions"]]
         return state | {"token_ids": token_ids.set(sampled, mode="drop")}
+
+
+def _adapters(inputs: dict[str, Array], banks: Banks | None, lora: TableSizes | None) -> StepAdapters | None:
+    if banks is None or lora is None:
+        return None
+    tables = {name: inputs[name] for name in LORA_TABLES}
+    tables = LoRABatch(**tables, tile=lora.tile, max_pages=lora.max_pages)
+    return StepAdapters(layers=banks, tables=tables, scale_rows=inputs["scale_rows"])
 
 
 def at_step(inputs: dict[str, Array], step: Array) -> dict[str, Array]:

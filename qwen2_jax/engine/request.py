@@ -12,6 +12,7 @@ from qwen2_jax.types import SamplingParams
 
 if TYPE_CHECKING:
     from qwen2_jax.engine.logit_bias import LogitBias
+    from qwen2_jax.lora.entry import AdapterEntry
 
 FinishReason = Literal["stop", "length", "abort", "repetition"]
 
@@ -58,6 +59,8 @@ class Request:
     """Draws this request's random tokens; 64 bits."""
     logit_bias: LogitBias | None = None
     """What is added to its logits, if anything ever is."""
+    adapter: AdapterEntry | None = None
+    """The adapter that it runs with. Its content is part of the `cache_salt`."""
 
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     output_token_ids: list[int] = field(default_factory=list, init=False)
@@ -70,6 +73,8 @@ class Request:
     num_cached_tokens: int = field(default=0, init=False)
     """Prompt tokens that were not computed, since another request had done it, at the first admission."""
     num_preemptions: int = field(default=0, init=False)
+    num_passed: int = field(default=0, init=False)
+    """Requests that started before this one while its adapter found no room."""
     row_index: int | None = field(default=None, init=False)
     """The row of per-request state on the device, held while running."""
     block_ids: list[int] = field(default_factory=list, init=False)

@@ -1,10 +1,11 @@
 """What the scheduler is told once, and what it hands to the runner for each call."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from qwen2_jax.engine.request import Request
 from qwen2_jax.errors import ConfigError
+from qwen2_jax.lora.entry import AdapterEntry, Admission
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,18 @@ class SchedulerConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_model_len={self.max_model_len}, "
                 "so that a long prompt could never run in one piece; raise it, or use enable_chunked_prefill=True"
             )
+
+
+class AdapterGate(Protocol):
+    """Says which requests' adapters are on the device; `lora.manager.AdapterManager` is one."""
+
+    def acquire(self, entry: AdapterEntry) -> Admission:
+        """Keep an adapter on the device for one request more, or see to it that it comes."""
+        ...
+
+    def release(self, entry: AdapterEntry) -> None:
+        """Let go of what `acquire` has kept."""
+        ...
 
 
 class ScheduledRow(NamedTuple):

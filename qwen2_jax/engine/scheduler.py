@@ -6,12 +6,14 @@ the order in which they are scheduled, so that a block may be freed, or shared, 
 
 from dataclasses import dataclass, field
 
+from qwen2_jax.engine.adapter_admission import AdapterAdmission
 from qwen2_jax.engine.block_manager import BlockManager
 from qwen2_jax.engine.request import FinishReason, Request, RequestStatus
 from qwen2_jax.engine.request_queues import RequestQueues
-from qwen2_jax.engine.schedule import ScheduledRow, SchedulerConfig, SchedulerOutput
+from qwen2_jax.engine.schedule import AdapterGate, ScheduledRow, SchedulerConfig, SchedulerOutput
 from qwen2_jax.engine.stopping import check_token_stop
 from qwen2_jax.errors import CapacityError, RequestError
+from qwen2_jax.lora.entry import Admission
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,8 +34,11 @@ class Scheduler:
     again later; the first one always goes on, since the pool holds at least one sequence of `max_model_len`.
     """
 
-    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
-        """Schedule over `num_blocks` blocks, block 0 (unused) included; `CapacityError` if one sequence cannot fit."""
+    def __init__(self, config: SchedulerConfig, num_blocks: int, adapters: AdapterGate | None = None) -> None:
+        """Schedule over `num_blocks` blocks, block 0 (unused) included; `CapacityError` if one sequence cannot fit.
+
+        A request whose adapter is not on the device waits, and the others go on.
+        """
         self.config = config
         self.blocks = BlockManager(
             num_blocks=num_blocks,
@@ -50,6 +55,8 @@ class Scheduler:
                 "give the cache more memory or lower max_model_len"
             )
         self.num_preemptions = 0
+        self._adapters = AdapterAdmission(adapters)
+        self._failed: list[Request] = []
         self._queues = RequestQueues(max_num_seqs=config.max_num_seqs, by_priority=config.policy == "priority")
 
     @property
@@ -90,11 +97,18 @@ class Scheduler:
             self.finish(request, "abort")
         return request
 
+    def take_failed(self) -> list[Request]:
+        """Return the requests that ended since the last call because their adapter cannot be loaded."""
+        failed, self._failed = self._failed, []
+        return failed
+
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a request and free what it holds, at once: calls under way are done before any that reuse it."""
         if request.is_finished:
             return
         self.blocks.free(request)
+        if request.status is RequestStatus.RUNNING:
+            self._adapters.release(request)
         self._queues.remove(request)
         request.finish_reason, request.stop_reason = reason, stop_reason
 
@@ -169,12 +183,14 @@ class Scheduler:
     def _preempt(self, plan: _Plan, request: Request) -> None:
         plan.rows.pop(request, None)
         self.blocks.free(request)
+        self._adapters.release(request)
         self._queues.preempt(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
 
     def _plan_waiting(self, plan: _Plan) -> None:
         waiting, index = self._queues.waiting, 0
+        self._adapters.begin()
         while index < len(waiting) and plan.budget and self._queues.has_free_row:
             request = waiting[index]
             if self._waits_for_leader(request):
@@ -182,9 +198,19 @@ class Scheduler:
                 plan.single_step |= request.fork_of in plan.rows
                 index += 1
                 continue
+            admission = self._adapters.acquire(request)
+            if admission is Admission.FAILED:
+                self.finish(request, "abort")
+                self._failed.append(request)
+            elif admission is not Admission.READY:
+                index += 1
+            if admission is not Admission.READY:
+                continue
             num_tokens = 0 if request.num_in_flight else self._take_blocks(plan, request)
             if not num_tokens:
+                self._adapters.release(request)
                 break
+            self._adapters.note_start(request)
             self._queues.start(index)
             request.fork_of = None
             plan.admitted.append(request)

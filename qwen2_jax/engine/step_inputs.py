@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qwen2_jax.models.adapters import TableSizes
+
 Shape = tuple[int, ...]
 _ALIGNMENT = 64
 
@@ -53,25 +55,43 @@ SAMPLING_FLOATS = (
 )
 
 
+LORA_TABLES = (
+    "token_order",
+    "segment_starts",
+    "segment_items",
+    "segment_vectors",
+    "item_pages",
+    "item_segments",
+    "item_modules",
+    "item_weights",
+    "num_segments",
+    "num_items",
+)
+"""The arrays of `models.adapters.LoRABatch`."""
+
+
 def sampling_layout(rows: int) -> Layout:
     """What the sampler needs of each of R rows."""
     ints = {name: Field((rows,)) for name in SAMPLING_INTS}
     return ints | {name: Field((rows,), is_float=True) for name in SAMPLING_FLOATS}
 
 
-def decode_layout(rows: int, blocks: int) -> Layout:
-    """A call of decode steps: R rows with tables of M blocks, as they are at the first step."""
+def decode_layout(rows: int, blocks: int, lora: TableSizes | None = None) -> Layout:
+    """A call of decode steps: R rows with tables of M blocks, as they are at the first step, and their adapters."""
+    adapters = {} if lora is None else lora_layout(rows, lora)
     return {
         "num_steps": Field((1,)),
         "input_ids": Field((rows,)),  # -1: the token is in the per-request state, sampled by the call before
         "position_ids": Field((rows,)),
         "block_tables": Field((rows, blocks)),
         **sampling_layout(rows),
+        **adapters,
     }
 
 
-def prefill_layout(tokens: int, rows: int, blocks: int) -> Layout:
-    """A step with prefills, of T tokens in R rows with tables of M blocks."""
+def prefill_layout(tokens: int, rows: int, blocks: int, lora: TableSizes | None = None) -> Layout:
+    """A step with prefills, of T tokens in R rows with tables of M blocks, and their adapters."""
+    adapters = {} if lora is None else lora_layout(tokens, lora)
     return {
         "input_ids": Field((tokens,)),  # -1: the token is in the per-request state, sampled by the call before
         "position_ids": Field((tokens,)),
@@ -81,12 +101,31 @@ def prefill_layout(tokens: int, rows: int, blocks: int) -> Layout:
         "context_lens": Field((rows,)),
         "row_indices": Field((rows,)),  # the row of per-request state; max_num_seqs (a spare row) for padding
         "block_tables": Field((rows, blocks)),
+        **adapters,
     }
 
 
 def sample_layout(rows: int) -> Layout:
     """Sampling for R rows of the prefill step before."""
     return {"lm_head_indices": Field((rows,)), **sampling_layout(rows)}
+
+
+def lora_layout(tokens: int, sizes: TableSizes) -> Layout:
+    """The adapters of a step of T tokens: `models.adapters.LoRABatch`, and the row of vectors of each token."""
+    segments, items = (sizes.max_segments,), (sizes.max_items,)
+    return {
+        "token_order": Field((tokens,)),
+        "segment_starts": Field((sizes.max_segments + 1,)),
+        "segment_items": Field((sizes.max_segments + 1,)),
+        "segment_vectors": Field(segments),
+        "item_pages": Field(items),
+        "item_segments": Field(items),
+        "item_modules": Field(items),
+        "item_weights": Field(items, is_float=True),
+        "num_segments": Field((1,)),
+        "num_items": Field((1,)),
+        "scale_rows": Field((tokens,)),
+    }
 
 
 def packed_size(layout: Layout) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.models.weight_table import LeafPath
-from qwen2_jax.parallel import HeadLayout
+from qwen2_jax.parallel import HeadLayout, pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,16 @@ class WeightLayout:
     @classmethod
     def unpadded(cls, config: ModelConfig) -> "WeightLayout":
         """Return the layout of one device, whose arrays have the checkpoint's sizes."""
-        heads = HeadLayout(config.num_attention_heads, config.num_key_value_heads)
-        return cls(heads=heads, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size)
+        return cls.on(config, 1)
+
+    @classmethod
+    def on(cls, config: ModelConfig, tp: int) -> "WeightLayout":
+        """Return the layout of `tp` devices."""
+        return cls(
+            heads=HeadLayout(config.num_attention_heads, config.num_key_value_heads, tp),
+            intermediate_size=pad_to_multiple(config.intermediate_size, tp),
+            vocab_size=pad_to_multiple(config.vocab_size, tp),
+        )
 
     def place(self, path: LeafPath, leaf: np.ndarray) -> np.ndarray:
         """Return `leaf`, which has the checkpoint's sizes, in this layout; `leaf` itself where nothing changes."""

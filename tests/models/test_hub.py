@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.models import embedded, hub
-from qwen2_jax.models.hub import resolve
+from qwen2_jax.models.hub import resolve, resolve_adapter
 
 
 def raising(error: Exception) -> Callable[..., NoReturn]:
@@ -113,3 +113,39 @@ def test_offline_without_a_cache_is_an_error_of_ours(tmp_path: Path, monkeypatch
     )
     with pytest.raises(CheckpointError, match="not in the local cache"):
         resolve("owner/name")
+
+
+def test_an_adapter_on_the_hub_is_two_files_of_its_subfolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        (tmp_path / "epoch-2").mkdir(exist_ok=True)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert resolve_adapter("owner/adapter", revision="v1", token="t") == tmp_path
+    assert (asked["name"], asked["revision"], asked["token"]) == ("owner/adapter", "v1", "t")
+    assert asked["allow_patterns"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert resolve_adapter("owner/adapter", subfolder="epoch-2") == tmp_path / "epoch-2"
+    assert asked["allow_patterns"] == ["epoch-2/adapter_config.json", "epoch-2/adapter_model.safetensors"]
+    with pytest.raises(CheckpointError, match="there is no folder 'epoch-3' for an adapter"):
+        resolve_adapter("owner/adapter", subfolder="epoch-3")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (".", {"revision": "v1"}, "revision='v1' is for the hub, but '.' is a local path"),
+        (".", {"subfolder": "../elsewhere"}, "subfolder='../elsewhere' leaves '.'"),
+        (".", {"subfolder": "/etc"}, "subfolder='/etc' leaves '.'"),
+        ("/nowhere/adapter", {}, "there is no adapter '/nowhere/adapter': pass a folder that exists or a hub id"),
+        ("owner/adapter/epoch-2", {}, "there is no adapter .* a folder within that as subfolder"),
+        ("smollm2", {}, "there is no adapter 'smollm2'"),
+        ("a" * 5000, {}, "is neither a path nor a hub id"),
+        ("owner/a b", {}, r"neither a local path nor a hub id: pass a folder that exists, or a hub id owner/name$"),
+    ],
+)
+def test_an_adapter_that_is_not_there_says_what_to_do(name: str, options: dict[str, str], message: str):
+    with pytest.raises(CheckpointError, match=message):
+        resolve_adapter(name, **options)

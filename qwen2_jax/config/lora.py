@@ -1,0 +1,40 @@
+"""What adapters may take: options as users give them."""
+
+from dataclasses import dataclass
+
+from qwen2_jax.errors import ConfigError
+
+RANKS_PER_PAGE = 16
+"""Ranks are counted in pages of so many: an adapter takes what its rank needs, not what the largest would."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """How many adapters are served, and how large they may be."""
+
+    enable_lora: bool = False
+    """Whether requests may name adapters. It takes programs and memory of its own."""
+    max_loras: int | None = None
+    """Adapters of the highest rank that the device has room for; lower ranks fit more. None: 8 on a CPU, and on a GPU
+    what a tenth of the memory holds, from 1 to 64."""
+    max_lora_rank: int = 64
+    """The highest rank that an adapter may have."""
+    max_cpu_loras: int | None = None
+    """Adapters that are kept in host memory, at least `max_loras`. None: four times those that the device holds."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enable_lora, bool):
+            raise ConfigError(f"enable_lora={self.enable_lora!r} is not True or False")
+        sizes = {"max_loras": self.max_loras, "max_lora_rank": self.max_lora_rank, "max_cpu_loras": self.max_cpu_loras}
+        for name, value in sizes.items():
+            if value is None and name != "max_lora_rank":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
+                raise ConfigError(f"{name}={value!r} is not an integer from 1 to 100000")
+        if self.max_loras is not None and self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(f"max_cpu_loras={self.max_cpu_loras} is less than max_loras={self.max_loras}")
+
+    @property
+    def max_pages(self) -> int:
+        """The pages of an adapter of the highest rank."""
+        return -(-self.max_lora_rank // RANKS_PER_PAGE)

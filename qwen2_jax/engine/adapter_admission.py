@@ -1,0 +1,46 @@
+"""Which waiting requests may start, as far as their adapters are concerned."""
+
+from qwen2_jax.engine.request import Request
+from qwen2_jax.engine.schedule import AdapterGate
+from qwen2_jax.lora.entry import Admission
+
+MAX_PASSED = 64
+"""Requests with other adapters that may start before one whose adapter finds no room."""
+
+
+class AdapterAdmission:
+    """Keeps the adapters of running requests on the device, and is fair to those that find no room."""
+
+    def __init__(self, gate: AdapterGate | None) -> None:
+        """Without a gate no request has an adapter."""
+        self._gate = gate
+        self._crowded_out: list[Request] = []
+
+    def begin(self) -> None:
+        """Begin to look at the waiting requests, from the first on."""
+        self._crowded_out = []
+
+    def acquire(self, request: Request) -> Admission:
+        """Keep the request's adapter on the device, unless one that adapters in use crowd out has waited long enough.
+
+        Who comes later would only prolong the use of theirs.
+        """
+        if request.adapter is None or self._gate is None:
+            return Admission.READY
+        if any(other.num_passed >= MAX_PASSED for other in self._crowded_out):
+            return Admission.FULL
+        admission = self._gate.acquire(request.adapter)
+        if admission is Admission.FULL:
+            self._crowded_out.append(request)
+        return admission
+
+    def note_start(self, request: Request) -> None:
+        """Take note that `request` starts before those that were crowded out."""
+        if request.adapter is not None:
+            for other in self._crowded_out:
+                other.num_passed += 1
+
+    def release(self, request: Request) -> None:
+        """Let go of the adapter of a request that no longer runs."""
+        if request.adapter is not None and self._gate is not None:
+            self._gate.release(request.adapter)

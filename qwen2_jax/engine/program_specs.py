@@ -1,0 +1,122 @@
+"""Every program of a model with its abstract arguments: which are compiled at start-up."""
+
+import itertools
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from qwen2_jax.config import ResolvedConfig
+from qwen2_jax.engine.compilation import ProgramSpec
+from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
+from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout, sample_layout
+from qwen2_jax.lora.sizes import LoRASizes
+
+ProgramKey = tuple[str, int]
+"""A program's name and bucket."""
+ROW_STATE = ("token_ids", "logit_bias", "logprob_token_ids")
+"""The arrays of the state whose rows are set from the host."""
+WITH_ADAPTERS = "_lora"
+"""The end of the names of programs for calls with adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramTable:
+    """What the programs of one model are made of."""
+
+    config: ResolvedConfig
+    programs: Programs
+    params: Any
+    """Abstract, as all below."""
+    kv_cache: Any
+    state: Any
+    banks: Any
+    """The adapters' banks; None without adapters."""
+    lora: LoRASizes | None
+    replicated: NamedSharding
+    matmul_precision: str | None
+    is_embedding: bool
+
+    def specs(self) -> dict[ProgramKey, ProgramSpec]:
+        """Return every program, those that take longest to compile first."""
+        config, programs = self.config, self.programs
+        specs: dict[ProgramKey, ProgramSpec] = {}
+        for tokens in reversed(config.prefill_buckets):
+            rows = config.prefill_rows(tokens)
+            name, function = ("embed", programs.embed) if self.is_embedding else ("prefill", programs.prefill)
+            results = (self.replicated,) if self.is_embedding else ()
+            specs |= self._steps(name, tokens, tokens, rows, function, prefill_layout, *results)
+        if self.is_embedding:
+            return specs
+        for rows in reversed(config.decode_buckets):
+            names = {"decode": programs.decode}
+            names |= {"decode_greedy": programs.decode_greedy} if config.max_decode_steps > 1 else {}
+            for name, function in names.items():
+                specs |= self._steps(name, rows, None, rows, function, decode_layout, self.replicated)
+        return specs | self._small_specs()
+
+    def _steps(
+        self, name: str, bucket: int, tokens: int | None, rows: int, function: Any, layout: Any, *results: Any
+    ) -> dict[ProgramKey, ProgramSpec]:
+        """Return a step's program and, where there are adapters, the one for calls that use them."""
+        width = self.config.blocks_per_sequence
+        sizes: dict[str, int] = {"rows": rows}
+        sizes |= {"steps": self.config.max_decode_steps} if tokens is None else {"tokens": tokens}
+        lead = (rows,) if tokens is None else (tokens, rows)
+        caches = jax.tree.map(lambda leaf: leaf.sharding, (self.kv_cache, self.state))
+
+        def spec(function: Any, layout: Any, *banks: Any) -> ProgramSpec:
+            return ProgramSpec(
+                function=function,
+                arguments=(self.params, self.kv_cache, self.state, self._vector(packed_size(layout)), *banks),
+                donated=(1, 2),
+                out_shardings=(*caches, *results),
+                matmul_precision=self.matmul_precision,
+            )
+
+        specs = {(name, bucket): spec(partial(function, **sizes), layout(*lead, width))}
+        if self.lora is not None:
+            tables = self.lora.tables(tokens or rows, rows)
+            adapted = partial(function, **sizes, lora=tables)
+            specs[name + WITH_ADAPTERS, bucket] = spec(adapted, layout(*lead, width, tables), self.banks)
+        return specs
+
+    def _small_specs(self) -> dict[ProgramKey, ProgramSpec]:
+        """The programs without layers: sampling, prompt log-probabilities, and setting a row of state."""
+        programs, state = self.programs, self.state
+        specs: dict[ProgramKey, ProgramSpec] = {
+            ("prompt_logprobs", 0): ProgramSpec(
+                function=programs.prompt_logprobs,
+                arguments=(self.params, state, self._vector(1 + PROMPT_LOGPROBS_CHUNK)),
+                out_shardings=self.replicated,
+                matmul_precision=self.matmul_precision,
+            )
+        }
+        for rows, greedy in itertools.product(self.config.sample_buckets, (False, True)):
+            specs["sample_greedy" if greedy else "sample", rows] = ProgramSpec(
+                function=partial(programs.sample, rows=rows, greedy=greedy),
+                arguments=(self.params, state, self._vector(packed_size(sample_layout(rows)))),
+                donated=(1,),
+                out_shardings=self.replicated,
+                matmul_precision=self.matmul_precision,
+            )
+        for name in ROW_STATE:
+            specs[f"set_{name}", 0] = ProgramSpec(
+                function=partial(programs.set_row, name=name),
+                arguments=(state, self._vector(1 + state[name].shape[1])),
+                donated=(0,),
+                out_shardings=self.replicated,
+            )
+        return specs
+
+    def _vector(self, length: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((length,), jnp.int32, sharding=self.replicated)
+
+
+def abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return an array's shape, dtype and sharding."""
+    assert isinstance(array.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

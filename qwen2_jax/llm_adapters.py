@@ -1,0 +1,113 @@
+"""Adapters as a caller of `LLM` sees them: found for each prompt, loaded ahead of time, listed and unloaded."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from qwen2_jax.engine.async_engine import AsyncEngine
+from qwen2_jax.errors import AdapterError, CapacityError, RequestError
+from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
+from qwen2_jax.lora.manager import AdapterManager
+from qwen2_jax.types import LoRARequest
+
+LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
+_READERS = 4
+_POLL_SECONDS = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedLoRA:
+    """An adapter that the engine knows."""
+
+    name: str
+    path: str
+    digest: str
+    """SHA-256 of its weights and of what its config says about them."""
+    applied: dict[str, int]
+    """How many layers it changes, by module."""
+    nbytes: int
+    resident: bool
+    """Whether it is on the device now."""
+    pinned: bool
+    requests: int
+    """Running requests that use it."""
+
+
+class Adapters:
+    """The adapters of one engine."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    def find(self, requests: LoRARequests, count: int) -> list[AdapterEntry | None]:
+        """Return each prompt's adapter, read and checked; one request is for all prompts.
+
+        Raises:
+            AdapterError: an adapter that cannot be served, or any without `enable_lora`.
+            RequestError: another number of requests than of prompts.
+        """
+        listed = list(requests) if isinstance(requests, Sequence) else [requests] * count
+        if len(listed) != count:
+            raise RequestError(f"lora_request has {len(listed)} entries for {count} prompts; pass one per prompt")
+        for request in listed:
+            if request is not None and not isinstance(request, LoRARequest):
+                raise AdapterError(f"lora_request={request!r} is not a LoRARequest(name, id, path) or None")
+        distinct = list(dict.fromkeys(request for request in listed if request is not None))
+        if not distinct:
+            return [None] * count
+        manager = self._manager()
+        with ThreadPoolExecutor(_READERS) as threads:
+            found = dict(zip(distinct, threads.map(manager.find, distinct), strict=True))
+        return [None if request is None else found[request] for request in listed]
+
+    def load(self, request: LoRARequest, *, pin: bool) -> LoadedLoRA:
+        """Bring an adapter to the device; see `LLM.load_lora`."""
+        entry, manager = self.find(request, 1)[0], self._manager()
+        assert entry is not None
+        while True:
+            outcome = self._engine.call(lambda _: manager.load(entry, pin=pin))
+            if outcome is Admission.READY:
+                return _describe(entry)
+            if outcome is Admission.FAILED:
+                assert entry.error is not None
+                raise entry.error
+            if outcome is Admission.FULL:
+                raise CapacityError(
+                    f"adapter {request.lora_name!r} finds no room beside those in use or pinned; unload one, wait, or "
+                    "start with a larger max_loras"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def unload(self, name: str) -> None:
+        """Forget the adapters of a name; see `LLM.unload_lora`."""
+        manager = self._manager()
+        if not self._engine.call(lambda _: manager.unload(name)):
+            raise manager.unknown(name)
+
+    def list(self) -> list[LoadedLoRA]:
+        """Return the adapters that are known."""
+        return [_describe(entry) for entry in self._manager().entries()]
+
+    def stats(self) -> AdapterStats:
+        """Return counts of loads, evictions and waiting times."""
+        return self._manager().stats()
+
+    def _manager(self) -> AdapterManager:
+        manager = self._engine.engine.adapters
+        if manager is None:
+            raise AdapterError("adapters are not served: start with enable_lora=True")
+        return manager
+
+
+def _describe(entry: AdapterEntry) -> LoadedLoRA:
+    return LoadedLoRA(
+        name=entry.request.lora_name,
+        path=str(entry.path),
+        digest=entry.digest,
+        applied=dict(entry.applied),
+        nbytes=entry.nbytes,
+        resident=entry.is_resident,
+        pinned=entry.is_pinned,
+        requests=entry.pins,
+    )

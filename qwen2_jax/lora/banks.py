@@ -1,0 +1,217 @@
+"""The device's banks of adapters: their allocation and the programs that write an adapter into them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.lora.pages import Page, Vectors
+from qwen2_jax.models.adapters import (
+    PROJECTIONS,
+    LayerBanks,
+    ProjectionBanks,
+    bank_specs,
+    init_banks,
+)
+from qwen2_jax.parallel import TP, out_sharding
+
+Banks = tuple[LayerBanks, ...]
+Placed = dict[str, Any]
+
+
+class DeviceBanks:
+    """All layers' banks, and the compiled programs that change them. Writes run behind the steps launched before."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphdef: nnx.GraphDef,
+        params: dict[str, Any],
+        mesh: Mesh,
+        dtype: str,
+        *,
+        num_pages: int,
+        num_vectors: int,
+        max_pages: int,
+    ) -> None:
+        """Allocate `num_pages` pages and `num_vectors` rows of vectors; an adapter has at most `max_pages`."""
+        self._graphdef, self._params, self._mesh = graphdef, params, mesh
+        self._max_pages = max_pages
+        tp = mesh.shape[TP]
+        self._specs = bank_specs()
+        layer = jax.tree.map(partial(NamedSharding, mesh), self._specs, is_leaf=lambda leaf: isinstance(leaf, P))
+        shardings = tuple(layer for _ in range(config.num_hidden_layers))
+        sizes = {"num_pages": num_pages, "num_vectors": num_vectors}
+        with jax.set_mesh(mesh):
+            self.banks: Banks = jax.jit(partial(init_banks, config, tp, dtype, **sizes), out_shardings=shardings)()
+        self._num_layers = config.num_hidden_layers
+
+    @property
+    def abstract(self) -> Banks:
+        """The banks' shapes and shardings."""
+        return jax.tree.map(_spec, self.banks)
+
+    def compile(self) -> None:
+        """Compile the writing programs."""
+        banks, index = self.abstract, self._struct((), jnp.int32, P())
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, banks)
+        pages = self._struct((self._max_pages,), jnp.int32, P())
+        with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
+            write_page = jax.jit(_write_page, donate_argnums=0, out_shardings=shardings)
+            self._write_page = write_page.lower(banks, index, self._page_structs()).compile()
+            write = jax.jit(partial(_write_vectors, self._graphdef), donate_argnums=1, out_shardings=shardings)
+            params = jax.tree.map(_spec, self._params)
+            self._write_vectors = write.lower(params, banks, pages, index, self._vector_structs()).compile()
+
+    def place_page(self, page: Page) -> Placed:
+        """Start to copy a page to the devices; nothing waits for it until it is written."""
+        given = {name: (factors.a, factors.b, factors.scaling) for name, factors in page.factors.items()}
+        return jax.tree.map(_put, given, self._page_structs())
+
+    def place_vectors(self, vectors: Vectors) -> Placed:
+        """Start to copy vectors to the devices."""
+        given = {name: getattr(vectors, name) for name in ("bias", "magnitude", "replaced_bias")}
+        return jax.tree.map(_put, given, self._vector_structs())
+
+    def write_page(self, page: int, placed: Placed) -> None:
+        """Write page `page`."""
+        self.banks = self._write_page(self.banks, self._index(page), placed)
+
+    def write_vectors(self, pages: list[int], row: int, placed: Placed) -> None:
+        """Write row `row` of vectors of the adapter in `pages`, whose second factors get their magnitudes."""
+        listed = np.full(self._max_pages, -1, np.int32)
+        listed[: len(pages)] = pages
+        listed_array = jax.device_put(listed, NamedSharding(self._mesh, P()))
+        self.banks = self._write_vectors(self._params, self.banks, listed_array, self._index(row), placed)
+
+    def delete(self) -> None:
+        """Let go of the device's memory."""
+        for array in jax.tree.leaves(self.banks):
+            array.delete()
+
+    def _page_structs(self) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+        """By projection a page's two factors and their scaling, all layers stacked; see `pages.Factors`."""
+
+        def of(name: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+            a, b = self._stacked(name, "a"), self._stacked(name, "b")
+            layers, ranks, *out = b.shape
+            spec = b.sharding.spec
+            outputs_first = P(spec[0], *spec[2:], *[None] * (len(b.shape) - len(spec)), None)
+            scaling = {"qkv": (1, out[1] if name == "qkv" else 1, 1, 1), "gate_up": (2, 1, 1)}.get(name, (1, 1))
+            transposed = self._struct((layers, *out, ranks), b.dtype, outputs_first if len(spec) > 2 else P())
+            return a, transposed, self._struct((layers, *scaling), jnp.float32, P())
+
+        return {name: of(name) for name in PROJECTIONS}
+
+    def _vector_structs(self) -> dict[str, Any]:
+        vectors = {name: self._stacked(name, "bias") for name in PROJECTIONS}
+        return {"bias": vectors, "magnitude": vectors, "replaced_bias": vectors["qkv"]}
+
+    def _stacked(self, name: str, kind: str) -> jax.ShapeDtypeStruct:
+        """One row of a bank for every layer."""
+        bank = getattr(getattr(self.banks[0], name), kind)
+        spec = getattr(getattr(self._specs, name), kind)
+        return self._struct((self._num_layers, *bank.shape[1:]), bank.dtype, P(None, *spec[1:]))
+
+    def _struct(self, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
+
+    def _index(self, value: int) -> Array:
+        return jax.device_put(np.int32(value), NamedSharding(self._mesh, P()))
+
+
+def _spec(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _put(array: np.ndarray, struct: jax.ShapeDtypeStruct) -> Array:
+    return jax.device_put(array, struct.sharding)
+
+
+def _write_page(banks: Banks, page: Int[Array, ""], placed: Placed) -> Banks:
+    def write(layer: int, name: str) -> ProjectionBanks:
+        bank: ProjectionBanks = getattr(banks[layer], name)
+        a, b, scaling = (part[layer] for part in placed[name])
+        b = jnp.moveaxis(b.astype(jnp.float32) * scaling, -1, 0)
+        return ProjectionBanks(
+            a=_set_row(bank.a, page, a), b=_set_row(bank.b, page, b), bias=bank.bias, scale=bank.scale
+        )
+
+    return tuple(LayerBanks(**{name: write(layer, name) for name in PROJECTIONS}) for layer in range(len(banks)))
+
+
+def _write_vectors(
+    graphdef: nnx.GraphDef,
+    params: dict[str, Any],
+    banks: Banks,
+    pages: Int[Array, " M"],
+    row: Int[Array, ""],
+    placed: Placed,
+) -> Banks:
+    model = nnx.merge(graphdef, params).model
+
+    def write(layer: int, name: str) -> ProjectionBanks:
+        bank: ProjectionBanks = getattr(banks[layer], name)
+        block = model.layers[layer]
+        parts = {"qkv": block.self_attn.qkv_proj, "o": block.self_attn.o_proj}
+        parts |= {"gate_up": block.mlp.gate_up_proj, "down": block.mlp.down_proj}
+        bias, magnitude = (placed[kind][name][layer] for kind in ("bias", "magnitude"))
+        if name == "qkv":
+            own, other = parts[name].bias[...].astype(jnp.float32), placed["replaced_bias"][layer]
+            bias = bias + jnp.where(jnp.isnan(other), 0.0, other - own)
+        norm = _row_norms(parts[name].kernel[...], bank, pages, name)
+        scale = jnp.where(jnp.isnan(magnitude), 1.0, magnitude / norm)
+        b = bank.b
+        for index in range(pages.shape[0]):
+            page = jnp.maximum(pages[index], 0)
+            old = jax.lax.dynamic_index_in_dim(b, page, keepdims=False)
+            new = (old.astype(jnp.float32) * scale[None]).astype(b.dtype)
+            b = _set_row(b, page, jnp.where(pages[index] < 0, old, new))
+        return ProjectionBanks(
+            a=bank.a, b=b, bias=_set_row(bank.bias, row, bias), scale=_set_row(bank.scale, row, scale)
+        )
+
+    return tuple(LayerBanks(**{name: write(layer, name) for name in PROJECTIONS}) for layer in range(len(banks)))
+
+
+def _row_norms(
+    kernel: Float[Array, "..."], bank: ProjectionBanks, pages: Int[Array, " M"], name: str
+) -> Float[Array, " *out"]:
+    """Return the norms of the rows of W + B A, over the inputs, without building that matrix.
+
+    |w + A^T b|^2 = |w|^2 + 2 b . (A w) + b . (A A^T) b, for each row w of W with its row b of B.
+    """
+    present = (pages >= 0).astype(jnp.float32)
+    index = jnp.maximum(pages, 0)
+    a = bank.a[index].astype(jnp.float32) * present.reshape(-1, *[1] * (bank.a.ndim - 1))
+    b = bank.b[index].astype(jnp.float32) * present.reshape(-1, *[1] * (bank.b.ndim - 1))
+    a = jnp.moveaxis(a, 1, 0).reshape(a.shape[1], -1, *a.shape[3:])  # [C, M * R, *in]
+    b = b.reshape(-1, *b.shape[2:])  # [M * R, *out]
+    w = kernel.astype(jnp.float32)
+    whole = out_sharding(None, None)
+    if name in ("o", "down"):
+        w, a = w.reshape(w.shape[0], -1), a[0].reshape(a.shape[1], -1)
+        square = jnp.einsum("di,di->d", w, w, out_sharding=out_sharding(None))
+        product = jnp.einsum("di,ri->rd", w, a, out_sharding=whole)
+        gram = jnp.einsum("ri,qi->rq", a, a, out_sharding=whole)
+        return jnp.sqrt(square + 2 * (b * product).sum(0) + (b * jnp.einsum("rq,qd->rd", gram, b)).sum(0))
+    if name == "qkv":
+        slots = jnp.array([0] * (w.shape[1] - 2) + [1, 2])
+        a = a[slots]
+        product, gram = jnp.einsum("kshd,srd->rksh", w, a), jnp.einsum("srd,sqd->srq", a, a)
+        return jnp.sqrt((w * w).sum(-1) + 2 * (b * product).sum(0) + (b * jnp.einsum("srq,qksh->rksh", gram, b)).sum(0))
+    product, gram = jnp.einsum("cfd,crd->rcf", w, a), jnp.einsum("crd,cqd->crq", a, a)
+    return jnp.sqrt((w * w).sum(-1) + 2 * (b * product).sum(0) + (b * jnp.einsum("crq,qcf->rcf", gram, b)).sum(0))
+
+
+def _set_row(bank: Array, row: Int[Array, ""], value: Array) -> Array:
+    """Overwrite one row of a bank, in place where it is donated."""
+    return jax.lax.dynamic_update_index_in_dim(bank, value.astype(bank.dtype), row, 0)

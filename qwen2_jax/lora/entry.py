@@ -1,0 +1,92 @@
+"""An adapter that the engine knows: where its files are, what of it is in memory, and who uses it."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen2_jax.errors import AdapterError
+from qwen2_jax.types import LoRARequest
+
+if TYPE_CHECKING:
+    from qwen2_jax.lora.pages import Page, Vectors
+    from qwen2_jax.models.adapters import TokenGroup
+
+
+class Admission(enum.Enum):
+    """What a request's adapter says to its start."""
+
+    READY = enum.auto()
+    """It is on the device and stays there until it is released."""
+    LOADING = enum.auto()
+    """It is on its way."""
+    FULL = enum.auto()
+    """Adapters that are in use take all the room."""
+    FAILED = enum.auto()
+    """It cannot be loaded any more; its `error` says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCopy:
+    """An adapter in host memory, in the form that is copied to the devices."""
+
+    pages: list[Page]
+    vectors: Vectors | None
+
+
+@dataclass(eq=False, kw_only=True)
+class AdapterEntry:
+    """One adapter, known by its content. Only the manager changes it."""
+
+    request: LoRARequest
+    """The first request that named it."""
+    path: Path
+    digest: str
+    """Of its content: another content is another adapter."""
+    num_pages: int
+    has_vectors: bool
+    nbytes: int
+    applied: Counter[str]
+    """How many layers it changes, by module."""
+    host: HostCopy | None = None
+    group: TokenGroup | None = None
+    """The pages and vectors that it has on the device, while it is there."""
+    pins: int = 0
+    """Running requests that use it."""
+    is_pinned: bool = False
+    """Whether it stays on the device without any."""
+    is_unloaded: bool = False
+    """Whether it goes once nobody uses it."""
+    staged: Future[Any] | None = None
+    """Its copy on the way to the devices."""
+    error: AdapterError | None = None
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it is on the device."""
+        return self.group is not None
+
+    @property
+    def page_ids(self) -> list[int]:
+        """The pages that it has on the device."""
+        return [] if self.group is None else [use.page for use in self.group.pages]
+
+
+@dataclass(kw_only=True)
+class AdapterStats:
+    """Counts since start-up, and how many adapters are where."""
+
+    num_registered: int = 0
+    num_resident: int = 0
+    num_on_host: int = 0
+    num_loads: int = 0
+    """Times that an adapter was copied to the device."""
+    num_evictions: int = 0
+    """Times that one left it for another's sake."""
+    num_failures: int = 0
+    wait_seconds: float = field(default=0.0)
+    """Time that requests waited for their adapters, over all of them."""

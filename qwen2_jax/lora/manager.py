@@ -1,0 +1,294 @@
+"""Keeps adapters: on disk, in host memory and on the devices, the least recently used leaving first.
+
+`find` reads and checks an adapter in the thread that asks for it; copies to the devices are prepared by threads of the
+manager's own; all that concerns the banks is done by the engine's thread in `acquire`, `release` and `unload`.
+"""
+
+import itertools
+import threading
+import time
+from collections import Counter, OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import AdapterError, nearest
+from qwen2_jax.lora.adapter import Adapter
+from qwen2_jax.lora.banks import DeviceBanks
+from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission, HostCopy
+from qwen2_jax.lora.files import digest_adapter, file_signature, resolve_adapter
+from qwen2_jax.lora.pages import PageLayout
+from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.models.adapters import PageUse, TokenGroup
+from qwen2_jax.types import LoRARequest
+
+MAX_STAGED = 4
+"""Adapters that are copied to the devices at a time: each takes its size once more until it is in its pages."""
+
+
+class AdapterManager:
+    """The adapters of one engine."""
+
+    def __init__(
+        self,
+        base: ModelConfig,
+        layout: PageLayout,
+        banks: DeviceBanks,
+        sizes: LoRASizes,
+        *,
+        token: str | bool | None = None,
+    ) -> None:
+        """Serve adapters for the model `base` from `banks`; `token` is the hub's."""
+        self._base, self._layout, self._banks, self._token = base, layout, banks, token
+        self._sizes = sizes
+        self._free_pages = list(range(sizes.num_pages))[::-1]
+        self._free_vectors = list(range(sizes.num_vectors))[::-1]
+        self._lock = threading.RLock()  # of the three tables below and the host copies
+        self._by_digest: dict[str, AdapterEntry] = {}
+        self._by_path: dict[Path, tuple[Any, AdapterEntry]] = {}
+        self._names: dict[int, str] = {}
+        self._on_host: OrderedDict[AdapterEntry, None] = OrderedDict()
+        self._resident: OrderedDict[AdapterEntry, None] = OrderedDict()
+        self._staged: list[AdapterEntry] = []
+        self._waiting_since: dict[AdapterEntry, float] = {}
+        self._threads = ThreadPoolExecutor(MAX_STAGED, thread_name_prefix="qwen2_jax adapters")
+        self._stats = AdapterStats()
+
+    @property
+    def banks(self) -> DeviceBanks:
+        """The device's banks."""
+        return self._banks
+
+    def find(self, request: LoRARequest) -> AdapterEntry:
+        """Return the adapter that `request` names, read and checked if it is new or has changed; from any thread.
+
+        Raises `AdapterError` for one that cannot be served, and for an id that another name has.
+        """
+        known = self._names.setdefault(request.lora_int_id, request.lora_name)
+        if known != request.lora_name:
+            raise AdapterError(
+                f"lora_int_id={request.lora_int_id} is the adapter {known!r}'s; give {request.lora_name!r} another"
+            )
+        path = resolve_adapter(request.lora_path, token=self._token)
+        signature = file_signature(path)
+        with self._lock:
+            found = self._by_path.get(path)
+            if found is not None and found[0] == signature and not found[1].is_unloaded and found[1].error is None:
+                return found[1]
+        entry = self._register(request, path)
+        with self._lock:
+            entry = self._by_digest.setdefault(entry.digest, entry)
+            self._by_path[path] = signature, entry
+            self._keep_on_host(entry)
+        return entry
+
+    def acquire(self, entry: AdapterEntry) -> Admission:
+        """Keep the adapter on the device for one request more, if it is there; else see to it that it comes."""
+        if entry.error is not None:
+            return Admission.FAILED
+        if not entry.is_resident:
+            self._waiting_since.setdefault(entry, time.monotonic())
+            outcome = self._bring(entry)
+            if outcome is not Admission.READY:
+                return outcome
+            self._stats.wait_seconds += time.monotonic() - self._waiting_since.pop(entry)
+        entry.pins += 1
+        self._resident.move_to_end(entry)
+        return Admission.READY
+
+    def release(self, entry: AdapterEntry) -> None:
+        """Let go of what `acquire` has kept."""
+        entry.pins -= 1
+        if entry.is_unloaded and not entry.pins:
+            self._evict(entry)
+
+    def load(self, entry: AdapterEntry, *, pin: bool) -> Admission:
+        """Bring an adapter to the device, where `pin` keeps it; to be called until it is READY or FAILED."""
+        outcome = self.acquire(entry)
+        if outcome is Admission.READY:
+            entry.is_pinned |= pin
+            self.release(entry)
+        return outcome
+
+    def unload(self, name: str) -> bool:
+        """Forget the adapters of a name; those in use go with their last request. False if there are none."""
+        with self._lock:
+            entries = [entry for entry in self._by_digest.values() if entry.request.lora_name == name]
+            for entry in entries:
+                del self._by_digest[entry.digest]
+                self._on_host.pop(entry, None)
+                entry.is_unloaded, entry.is_pinned = True, False
+            self._by_path = {path: found for path, found in self._by_path.items() if found[1] not in entries}
+            self._names = {number: known for number, known in self._names.items() if known != name}
+        for entry in entries:
+            if entry.is_resident and not entry.pins:
+                self._evict(entry)
+        return bool(entries)
+
+    def unknown(self, name: str) -> AdapterError:
+        """Return the error for a name that no adapter has."""
+        names = [entry.request.lora_name for entry in self.entries()]
+        listed = ", ".join(map(repr, names[:8])) or "none"
+        return AdapterError(f"no adapter {name!r} is loaded{nearest(name, names)}; loaded are {listed}")
+
+    def entries(self) -> list[AdapterEntry]:
+        """Return the adapters that are known, in the order in which they came."""
+        with self._lock:
+            return list(self._by_digest.values())
+
+    def stats(self) -> AdapterStats:
+        """Return the counts up to now."""
+        with self._lock:
+            self._stats.num_registered, self._stats.num_on_host = len(self._by_digest), len(self._on_host)
+        self._stats.num_resident = len(self._resident)
+        return self._stats
+
+    def wait(self, seconds: float) -> None:
+        """Wait until an adapter on its way has come, at most so long."""
+        pending = [entry.staged for entry in self._staged if entry.staged is not None]
+        if pending and not any(future.done() for future in pending):
+            done = threading.Event()
+            for future in pending:
+                future.add_done_callback(lambda _: done.set())
+            done.wait(seconds)
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if a page or a row of vectors is lost or in two places."""
+        held = [page for entry in self._resident for page in entry.page_ids]
+        if sorted(held + self._free_pages) != list(range(self._sizes.num_pages)):
+            raise AssertionError(f"pages {held} are held, {self._free_pages} free, of {self._sizes.num_pages}")
+        if any(entry.pins < 0 for entry in self._resident):
+            raise AssertionError("an adapter was released more often than acquired")
+
+    def close(self) -> None:
+        """Stop the threads and let go of the device's memory."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._banks.delete()
+
+    def _register(self, request: LoRARequest, path: Path) -> AdapterEntry:
+        adapter = read_adapter(path, self._base)
+        if adapter.max_rank > self._sizes.max_rank:
+            raise AdapterError(
+                f"adapter {request.lora_name!r} has rank {adapter.max_rank}; max_lora_rank={self._sizes.max_rank} "
+                f"allows no more, start with max_lora_rank={adapter.max_rank}"
+            )
+        self._refuse(request, adapter)
+        host = self._host_copy(adapter)
+        if len(host.pages) > self._sizes.num_pages:
+            raise AdapterError(
+                f"adapter {request.lora_name!r} of rank {adapter.max_rank} takes {len(host.pages)} pages of 16 ranks, "
+                f"and there are {self._sizes.num_pages}; raise max_loras or max_lora_rank"
+            )
+        return AdapterEntry(
+            request=request,
+            path=path,
+            digest=adapter.digest,
+            num_pages=len(host.pages),
+            has_vectors=host.vectors is not None,
+            nbytes=adapter.nbytes,
+            applied=Counter(name for _, name in adapter.linear),
+            host=host,
+        )
+
+    def _refuse(self, request: LoRARequest, adapter: Adapter) -> None:
+        names = ("embed_tokens", "lm_head", "full_embed_tokens", "full_lm_head")
+        names += ("embed_token_rows", "lm_head_token_rows")
+        found = [name for name in names if getattr(adapter, name) is not None]
+        if found:
+            raise AdapterError(
+                f"adapter {request.lora_name!r} changes {', '.join(found)}, which is not served yet: only adapters of "
+                "the attention's and the MLP's projections are"
+            )
+
+    def _host_copy(self, adapter: Adapter) -> HostCopy:
+        return HostCopy(pages=self._layout.pages(adapter), vectors=self._layout.vectors(adapter))
+
+    def _keep_on_host(self, entry: AdapterEntry) -> None:
+        self._on_host[entry] = None
+        self._on_host.move_to_end(entry)
+        while len(self._on_host) > self._sizes.max_on_host:
+            oldest, _ = self._on_host.popitem(last=False)
+            oldest.host = None
+
+    def _bring(self, entry: AdapterEntry) -> Admission:
+        """Move an adapter one step nearer to the device."""
+        if entry.staged is None:
+            if len(self._staged) >= MAX_STAGED:
+                return Admission.LOADING
+            entry.staged = self._threads.submit(self._stage, entry)
+            self._staged.append(entry)
+        if not entry.staged.done():
+            return Admission.LOADING
+        future: Future[Any] = entry.staged
+        error = future.exception()
+        if error is None and not self._make_room(entry):
+            return Admission.FULL
+        entry.staged = None
+        self._staged.remove(entry)
+        if error is not None:
+            self._waiting_since.pop(entry, None)
+            self._stats.num_failures += 1
+            if not isinstance(error, AdapterError):
+                raise error
+            entry.error = error
+            return Admission.FAILED
+        self._write(entry, *future.result())
+        return Admission.READY
+
+    def _stage(self, entry: AdapterEntry) -> tuple[list[int], list[Any], Any]:
+        """Copy an adapter to the devices, from host memory or, where it has left that, from its files."""
+        with self._lock:
+            host = entry.host
+        if host is None:
+            if digest_adapter(entry.path) != entry.digest:
+                raise AdapterError(
+                    f"adapter {entry.request.lora_name!r}: {entry.path} has changed since the request was sent; send "
+                    "it again"
+                )
+            host = self._host_copy(read_adapter(entry.path, self._base))
+            with self._lock:
+                entry.host = host
+                self._keep_on_host(entry)
+        pages = [self._banks.place_page(page) for page in host.pages]
+        vectors = None if host.vectors is None else self._banks.place_vectors(host.vectors)
+        jax.block_until_ready((pages, vectors))
+        return [page.modules for page in host.pages], pages, vectors
+
+    def _make_room(self, entry: AdapterEntry) -> bool:
+        """Free the pages and the row of vectors that an adapter takes; False if those in use leave too little."""
+        idle = [other for other in self._resident if not other.pins and not other.is_pinned]
+        pages = len(self._free_pages) + sum(other.num_pages for other in idle)
+        vectors = len(self._free_vectors) + sum(other.has_vectors for other in idle)
+        if pages < entry.num_pages or vectors < entry.has_vectors:
+            return False
+        for other in idle:
+            if len(self._free_pages) >= entry.num_pages and len(self._free_vectors) >= entry.has_vectors:
+                break
+            self._evict(other)
+            self._stats.num_evictions += 1
+        return True
+
+    def _write(self, entry: AdapterEntry, modules: list[int], pages: list[Any], vectors: Any) -> None:
+        ids = [self._free_pages.pop() for _ in pages]
+        row = self._free_vectors.pop() if vectors is not None else -1
+        for page, placed in zip(ids, pages, strict=True):
+            self._banks.write_page(page, placed)
+        if vectors is not None:
+            self._banks.write_vectors(ids, row, vectors)
+        uses = itertools.starmap(lambda page, bits: PageUse(page=page, modules=bits), zip(ids, modules, strict=True))
+        entry.group = TokenGroup(pages=tuple(uses), vector=row)
+        self._resident[entry] = None
+        self._stats.num_loads += 1
+
+    def _evict(self, entry: AdapterEntry) -> None:
+        """Take an adapter from the device. Steps that read it were launched before any that will overwrite it."""
+        assert entry.group is not None
+        self._free_pages += entry.page_ids
+        if entry.group.vector >= 0:
+            self._free_vectors.append(entry.group.vector)
+        entry.group = None
+        del self._resident[entry]

@@ -1,0 +1,65 @@
+"""How much room adapters have on the devices, and the tables of a step for it."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.config import LoRAConfig, ModelConfig
+from qwen2_jax.models.adapters import TableSizes, bank_shapes, table_sizes
+
+logger = logging.getLogger(__name__)
+
+_MEMORY_SHARE = 0.1
+_MOST, _ON_CPU = 64, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASizes:
+    """The banks' sizes and what a step may use of them."""
+
+    num_pages: int
+    num_vectors: int
+    """Rows of biases and magnitudes: adapters with such that fit at a time."""
+    max_pages: int
+    max_rank: int
+    max_on_host: int
+
+    @classmethod
+    def of(cls, options: LoRAConfig, model: ModelConfig, dtype: str, tp: int) -> "LoRASizes":
+        """Return the sizes that `options` ask for; the log says what they take on each device."""
+        each = options.max_pages * _page_bytes(model, dtype, tp)
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        fitting = _ON_CPU if limit is None else min(max(int(_MEMORY_SHARE * limit) // each, 1), _MOST)
+        count = options.max_loras or fitting
+        logger.info(
+            "adapters: room for %d of rank %d, %.2f GiB on each device", count, options.max_lora_rank,
+            count * each / 2**30,
+        )  # fmt: skip
+        return cls(
+            num_pages=count * options.max_pages,
+            num_vectors=count,
+            max_pages=options.max_pages,
+            max_rank=options.max_lora_rank,
+            max_on_host=options.max_cpu_loras or 4 * count * options.max_pages,
+        )
+
+    def tables(self, tokens: int, rows: int) -> TableSizes:
+        """Return the sizes of the tables of a program for `tokens` tokens in `rows` rows."""
+        return table_sizes(
+            tokens, max_groups=min(rows, self.num_pages), max_pages=self.max_pages, num_pages=self.num_pages
+        )
+
+
+def _page_bytes(model: ModelConfig, dtype: str, tp: int) -> int:
+    """Return the bytes of a page on each device, all layers."""
+    shapes = bank_shapes(model, tp, num_pages=1, num_vectors=1)
+    split = {("qkv", "b"), ("o", "a"), ("gate_up", "b"), ("down", "a")}
+    total = 0
+    for name in ("qkv", "o", "gate_up", "down"):
+        for kind in ("a", "b"):
+            size = math.prod(getattr(getattr(shapes, name), kind))
+            total += size // tp if (name, kind) in split else size
+    return model.num_hidden_layers * total * jnp.dtype(dtype).itemsize
