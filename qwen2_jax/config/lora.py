@@ -19,6 +19,11 @@ class LoRAConfig:
     what a tenth of the memory holds, from 1 to 64."""
     max_lora_rank: int = 64
     """The highest rank that an adapter may have."""
+    max_vocab_loras: int = 0
+    """Adapters of the highest rank with low-rank updates of the embeddings or the head, or with replaced tokens (each
+    a rank), that the device has room for. With any, every step with adapters looks at the vocabulary's, too."""
+    max_full_vocab: int = 0
+    """Adapters with whole embeddings or heads of their own (`modules_to_save`) that the device has room for."""
     max_cpu_loras: int | None = None
     """Adapters that are kept in host memory, at least `max_loras`. None: four times those that the device holds."""
 
@@ -31,6 +36,9 @@ class LoRAConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
                 raise ConfigError(f"{name}={value!r} is not an integer from 1 to 100000")
+        for name, value in {"max_vocab_loras": self.max_vocab_loras, "max_full_vocab": self.max_full_vocab}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100_000:
+                raise ConfigError(f"{name}={value!r} is not an integer from 0 to 100000")
         if self.max_loras is not None and self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(f"max_cpu_loras={self.max_cpu_loras} is less than max_loras={self.max_loras}")
 

@@ -7,20 +7,22 @@ is a handful of numpy gathers.
 import numpy as np
 
 from qwen2_jax.config import ResolvedConfig
+from qwen2_jax.engine.adapter_tables import changes_vocab, fill_step, fill_vocab, uses_adapters
+from qwen2_jax.engine.program_specs import step_lora
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_inputs import (
     NOWHERE,
     SAMPLING_FLOATS,
     SAMPLING_INTS,
+    StepLoRA,
     allocate,
     decode_layout,
     prefill_layout,
+    prompt_logprobs_layout,
     sample_layout,
 )
-from qwen2_jax.lora.entry import AdapterEntry
 from qwen2_jax.lora.sizes import LoRASizes
-from qwen2_jax.models.adapters import TableSizes, build_lora_tables
 
 PER_TOKEN = ("input_ids", "position_ids", "token_rows", "slot_mapping")
 _CHANGE_LOGITS = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
@@ -78,10 +80,10 @@ class BatchBuilder:
     def decode(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
         """Return the bucket, R, and the packed inputs of a call of decode rows."""
         bucket = _bucket(self._config.decode_buckets, len(output.rows))
-        tables = self._tables_of(output, bucket, bucket)
-        packed, views = allocate(decode_layout(bucket, self._config.blocks_per_sequence, tables))
-        if tables is not None:
-            _fill_adapters(views, output, tables)
+        lora = self._step_lora(output, bucket, bucket)
+        packed, views = allocate(decode_layout(bucket, self._config.blocks_per_sequence, lora))
+        if lora is not None:
+            fill_step(views, output, lora)
         views["num_steps"][0] = output.num_steps
         self._fill_tables(views, output)
         self._fill_sampling(views, output)
@@ -94,10 +96,10 @@ class BatchBuilder:
         """Return the bucket, T, and the packed inputs of a step with prefills."""
         bucket = _bucket(self._config.prefill_buckets, sum(row.num_tokens for row in output.rows))
         rows = self._config.prefill_rows(bucket)
-        tables = self._tables_of(output, bucket, rows)
-        packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence, tables))
-        if tables is not None:
-            _fill_adapters(views, output, tables)
+        lora = self._step_lora(output, bucket, rows)
+        packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence, lora))
+        if lora is not None:
+            fill_step(views, output, lora)
         views["slot_mapping"][:] = -1
         views["token_rows"][:] = self._config.max_num_seqs
         self._fill_tables(views, output)
@@ -113,8 +115,11 @@ class BatchBuilder:
     def sample(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
         """Return the bucket, R, and the packed inputs of sampling behind a step with prefills."""
         bucket = _bucket(self._config.sample_buckets, len(output.rows))
-        packed, views = allocate(sample_layout(bucket))
+        lora = self._head_lora(output, bucket)
+        packed, views = allocate(sample_layout(bucket, lora))
         self._fill_sampling(views, output)
+        if lora is not None:
+            fill_vocab(views, [row.request.adapter for row in output.rows], [1] * len(output.rows), lora)
         views["lm_head_indices"][: len(output.rows)] = np.cumsum([row.num_tokens for row in output.rows]) - 1
         return bucket, packed
 
@@ -132,13 +137,25 @@ class BatchBuilder:
                 following = row.request.prompt_token_ids[row.start + 1 : row.start + 1 + row.num_tokens]
                 following = following[: len(targets) - start]
                 targets[start : start + len(following)] = following
-        return [
-            np.concatenate([[start], targets[start : start + size]]).astype(np.int32) for start in range(0, end, size)
-        ]
+        counts, lora = [row.num_tokens for row in output.rows], self._head_lora(output, size)
+        adapters = np.repeat(np.array([row.request.adapter for row in output.rows], object), counts)
+        chunks = []
+        for start in range(0, end, size):
+            packed, views = allocate(prompt_logprobs_layout(size, lora))
+            views["start"][0], views["targets"][:] = start, targets[start : start + size]
+            if lora is not None:
+                chosen = list(adapters[start : start + size])
+                fill_vocab(views, chosen, [1] * len(chosen), lora)
+            chunks.append(packed)
+        return chunks
 
-    def _tables_of(self, output: SchedulerOutput, tokens: int, rows: int) -> TableSizes | None:
-        """Return the sizes of the adapters' tables of a call; None for one without adapters."""
-        return self._lora.tables(tokens, rows) if self._lora is not None and uses_adapters(output) else None
+    def _step_lora(self, output: SchedulerOutput, tokens: int, rows: int) -> StepLoRA | None:
+        """Return what a step takes of adapters; None for one without any."""
+        return step_lora(self._lora, tokens, rows) if self._lora is not None and uses_adapters(output) else None
+
+    def _head_lora(self, output: SchedulerOutput, rows: int) -> StepLoRA | None:
+        """Return what a program of the head takes of adapters; None where none changes the head."""
+        return step_lora(self._lora, rows, rows) if self._lora is not None and changes_vocab(output) else None
 
     def _fill_tokens(self, part: dict[str, np.ndarray], row: ScheduledRow) -> None:
         request, stop = row.request, row.start + row.num_tokens
@@ -182,28 +199,6 @@ class BatchBuilder:
         if len(blocks) > known:
             self._tables[row, known : len(blocks)] = blocks[known:]
             self._table_lens[row] = len(blocks)
-
-
-def uses_adapters(output: SchedulerOutput) -> bool:
-    """Return whether any row of a call has an adapter."""
-    return any(row.request.adapter is not None for row in output.rows)
-
-
-def _fill_adapters(views: dict[str, np.ndarray], output: SchedulerOutput, sizes: TableSizes) -> None:
-    """Group a call's tokens by their rows' adapters."""
-    groups: dict[AdapterEntry, int] = {}
-    row_groups = []
-    for row in output.rows:
-        adapter = row.request.adapter
-        row_groups.append(-1 if adapter is None else groups.setdefault(adapter, len(groups)))
-    found = [adapter.group for adapter in groups if adapter.group is not None]
-    assert len(found) == len(groups), "a running request's adapter is on the device"
-    token_groups = np.full(len(views["token_order"]), -1)
-    repeated = np.repeat(row_groups, [row.num_tokens for row in output.rows])
-    token_groups[: len(repeated)] = repeated
-    for name, table in build_lora_tables(token_groups, found, sizes).items():
-        views[name][:] = table
-    views["scale_rows"][:] = np.array([*(group.vector for group in found), -1])[token_groups]
 
 
 def _wants_report(row: ScheduledRow) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
 from qwen2_jax.engine.block_manager import peak_blocks
@@ -22,7 +24,9 @@ from qwen2_jax.errors import ConfigError
 from qwen2_jax.lora.banks import DeviceBanks
 from qwen2_jax.lora.manager import AdapterManager
 from qwen2_jax.lora.pages import PageLayout
+from qwen2_jax.lora.placing import Placer
 from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.lora.vocab import DeviceVocabBanks, VocabLayout
 from qwen2_jax.models.activations import FUSED_ACTIVATIONS
 from qwen2_jax.models.checkpoint import Checkpoint
 from qwen2_jax.models.weight_layout import WeightLayout
@@ -58,7 +62,7 @@ def build_engine(
         config,
         blocks_needed=_blocks_needed(limits),
         cache_directory=cache_directory,
-        banks=None if adapters is None else adapters.banks,
+        adapters=None if adapters is None else adapters.placer,
         lora=sizes,
     )
     scheduler, num_blocks = Scheduler(limits, runner.num_blocks, adapters), runner.num_blocks
@@ -98,8 +102,31 @@ def _adapters(
         max_pages=sizes.max_pages,
     )
     layout = PageLayout(model, WeightLayout.on(model, tp), jnp.dtype(loaded.dtype))
-    manager = AdapterManager(model, layout, banks, sizes, token=load.hf_token)
-    return sizes, manager
+    placer = Placer(layout, banks, _vocab_adapters(loaded, sizes) if sizes.has_vocab else None)
+    return sizes, AdapterManager(model, placer, sizes, token=load.hf_token)
+
+
+def _vocab_adapters(loaded: LoadedModel, sizes: LoRASizes) -> tuple[VocabLayout, DeviceVocabBanks]:
+    """Make room for adapters of the embeddings and the head."""
+    model, mesh = loaded.config, loaded.mesh
+
+    def rows(module: str, token_ids: np.ndarray) -> np.ndarray:
+        holder = loaded.params["model"]["embed_tokens"]
+        if module == "lm_head" and model.has_lm_head:
+            holder = loaded.params["lm_head"]
+        with jax.set_mesh(mesh):
+            return np.asarray(holder["embedding"].at[token_ids].get(out_sharding=P(None, None)))
+
+    layout = VocabLayout(model, mesh.shape[TP], jnp.dtype(loaded.dtype), max_pages=sizes.max_pages, rows=rows)
+    banks = DeviceVocabBanks(
+        model,
+        mesh,
+        loaded.dtype,
+        num_pages=sizes.num_vocab_pages,
+        num_full=sizes.num_full_vocab,
+        max_pages=sizes.max_pages,
+    )
+    return layout, banks
 
 
 def _scheduler_config(model: ModelConfig, config: ResolvedConfig) -> SchedulerConfig:

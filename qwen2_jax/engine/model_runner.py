@@ -13,7 +13,8 @@ import numpy as np
 
 from qwen2_jax.cache.kv_cache import PoolLayout, count_blocks
 from qwen2_jax.config import ResolvedConfig
-from qwen2_jax.engine.batch_builder import BatchBuilder, uses_adapters
+from qwen2_jax.engine.adapter_tables import changes_vocab, uses_adapters
+from qwen2_jax.engine.batch_builder import BatchBuilder
 from qwen2_jax.engine.compilation import CompilationCounter, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.model_loader import LoadedModel
@@ -23,7 +24,7 @@ from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_results import Launched
 from qwen2_jax.engine.workspace import largest_workspace, reported_workspace
-from qwen2_jax.lora.banks import DeviceBanks
+from qwen2_jax.lora.placing import Placer
 from qwen2_jax.lora.sizes import LoRASizes
 from qwen2_jax.models.qwen2 import KVCache
 from qwen2_jax.parallel import replicated
@@ -41,7 +42,7 @@ class ModelRunner:
         *,
         blocks_needed: int,
         cache_directory: Path | None = None,
-        banks: DeviceBanks | None = None,
+        adapters: Placer | None = None,
         lora: LoRASizes | None = None,
     ) -> None:
         """Count the cache blocks that fit beside the model and the adapters' banks; nothing can run before `compile`.
@@ -54,7 +55,7 @@ class ModelRunner:
         self._cache_directory = None if jax.default_backend() == "cpu" else cache_directory
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
-        self._banks, self._lora = banks, lora
+        self._adapters, self._lora = adapters, lora
         self._builder = BatchBuilder(config, lora)
         self._programs = Programs(
             graphdef=model.graphdef,
@@ -83,8 +84,8 @@ class ModelRunner:
     def compile(self, *, use_tqdm: bool = True) -> None:
         """Compile every program and allocate the cache."""
         self._compile(use_tqdm)
-        if self._banks is not None:
-            self._banks.compile()
+        if self._adapters is not None:
+            self._adapters.compile()
         workspace = max(reported_workspace(program) for program in self._compiled.values())
         if workspace > self._workspace and jax.default_backend() != "cpu":
             logger.warning("a step takes %d bytes where %d were expected; compiling again", workspace, self._workspace)
@@ -100,7 +101,7 @@ class ModelRunner:
             params=self._params_spec,
             kv_cache=self._pools.abstract(self._model.mesh, self.num_blocks),
             state=jax.tree.map(abstract, self._state),
-            banks=None if self._banks is None else self._banks.abstract,
+            banks=None if self._adapters is None else jax.tree.map(abstract, self._adapters.banks),
             lora=self._lora,
             replicated=self._replicated,
             matmul_precision=self._matmul_precision,
@@ -149,9 +150,9 @@ class ModelRunner:
         if any(row.samples for row in output.rows):
             bucket, packed = self._builder.sample(output)
             name = "sample_greedy" if greedy else "sample"
-            self._state, samples = self._run(name, bucket, self._state, packed)
+            self._state, samples = self._run_head(name, bucket, output, packed)
         chunks = self._builder.prompt_logprobs(output, PROMPT_LOGPROBS_CHUNK)
-        reports = [self._run("prompt_logprobs", 0, self._state, chunk) for chunk in chunks]
+        reports = [self._run_head("prompt_logprobs", 0, output, chunk) for chunk in chunks]
         return Launched(output, samples, prompt_logprobs=reports)
 
     def _embed(self, output: SchedulerOutput) -> Launched:
@@ -161,9 +162,15 @@ class ModelRunner:
 
     def _run_step(self, name: str, bucket: int, output: SchedulerOutput, packed: np.ndarray) -> Any:
         """Run a step's program, the one with the adapters' banks where a row has an adapter."""
-        if self._banks is None or not uses_adapters(output):
+        if self._adapters is None or not uses_adapters(output):
             return self._run(name, bucket, self._kv_cache, self._state, packed)
-        return self._run(name + WITH_ADAPTERS, bucket, self._kv_cache, self._state, packed, self._banks.banks)
+        return self._run(name + WITH_ADAPTERS, bucket, self._kv_cache, self._state, packed, self._adapters.banks)
+
+    def _run_head(self, name: str, bucket: int, output: SchedulerOutput, packed: np.ndarray) -> Any:
+        """Run a program of the head alone, the one with the adapters' banks where one changes the head."""
+        if self._adapters is None or not changes_vocab(output):
+            return self._run(name, bucket, self._state, packed)
+        return self._run(name + WITH_ADAPTERS, bucket, self._state, packed, self._adapters.banks)
 
     def _run(self, name: str, bucket: int, *arguments: Any) -> Any:
         """Run a program on the weights, device arrays, and host arrays, which are copied over."""

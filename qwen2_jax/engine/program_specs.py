@@ -12,7 +12,14 @@ from jax.sharding import NamedSharding
 from qwen2_jax.config import ResolvedConfig
 from qwen2_jax.engine.compilation import ProgramSpec
 from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
-from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout, sample_layout
+from qwen2_jax.engine.step_inputs import (
+    StepLoRA,
+    decode_layout,
+    packed_size,
+    prefill_layout,
+    prompt_logprobs_layout,
+    sample_layout,
+)
 from qwen2_jax.lora.sizes import LoRASizes
 
 ProgramKey = tuple[str, int]
@@ -79,29 +86,21 @@ class ProgramTable:
 
         specs = {(name, bucket): spec(partial(function, **sizes), layout(*lead, width))}
         if self.lora is not None:
-            tables = self.lora.tables(tokens or rows, rows)
-            adapted = partial(function, **sizes, lora=tables)
-            specs[name + WITH_ADAPTERS, bucket] = spec(adapted, layout(*lead, width, tables), self.banks)
+            lora = step_lora(self.lora, tokens or rows, rows)
+            adapted = partial(function, **sizes, lora=lora)
+            specs[name + WITH_ADAPTERS, bucket] = spec(adapted, layout(*lead, width, lora), self.banks)
         return specs
 
     def _small_specs(self) -> dict[ProgramKey, ProgramSpec]:
         """The programs without layers: sampling, prompt log-probabilities, and setting a row of state."""
         programs, state = self.programs, self.state
-        specs: dict[ProgramKey, ProgramSpec] = {
-            ("prompt_logprobs", 0): ProgramSpec(
-                function=programs.prompt_logprobs,
-                arguments=(self.params, state, self._vector(1 + PROMPT_LOGPROBS_CHUNK)),
-                out_shardings=self.replicated,
-                matmul_precision=self.matmul_precision,
-            )
-        }
+        specs = self._heads(
+            "prompt_logprobs", 0, PROMPT_LOGPROBS_CHUNK, programs.prompt_logprobs, prompt_logprobs_layout
+        )
         for rows, greedy in itertools.product(self.config.sample_buckets, (False, True)):
-            specs["sample_greedy" if greedy else "sample", rows] = ProgramSpec(
-                function=partial(programs.sample, rows=rows, greedy=greedy),
-                arguments=(self.params, state, self._vector(packed_size(sample_layout(rows)))),
-                donated=(1,),
-                out_shardings=self.replicated,
-                matmul_precision=self.matmul_precision,
+            function = partial(programs.sample, rows=rows, greedy=greedy)
+            specs |= self._heads(
+                "sample_greedy" if greedy else "sample", rows, rows, function, sample_layout, donated=(1,)
             )
         for name in ROW_STATE:
             specs[f"set_{name}", 0] = ProgramSpec(
@@ -112,8 +111,35 @@ class ProgramTable:
             )
         return specs
 
+    def _heads(
+        self, name: str, bucket: int, rows: int, function: Any, layout: Any, donated: tuple[int, ...] = ()
+    ) -> dict[ProgramKey, ProgramSpec]:
+        """Return a program of the head alone and, where adapters may change it, the one for calls with such."""
+
+        def spec(function: Any, layout: Any, *banks: Any) -> ProgramSpec:
+            return ProgramSpec(
+                function=function,
+                arguments=(self.params, self.state, self._vector(packed_size(layout)), *banks),
+                donated=donated,
+                out_shardings=self.replicated,
+                matmul_precision=self.matmul_precision,
+            )
+
+        specs = {(name, bucket): spec(function, layout(rows))}
+        if self.lora is not None and self.lora.has_vocab:
+            lora = step_lora(self.lora, rows, rows)
+            specs[name + WITH_ADAPTERS, bucket] = spec(partial(function, lora=lora), layout(rows, lora), self.banks)
+        return specs
+
     def _vector(self, length: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((length,), jnp.int32, sharding=self.replicated)
+
+
+def step_lora(sizes: LoRASizes, tokens: int, rows: int) -> StepLoRA:
+    """Return what a step of `tokens` tokens in `rows` rows takes of adapters."""
+    return StepLoRA(
+        tables=sizes.tables(tokens, rows), vocab=sizes.vocab_tables(tokens, rows), num_full=sizes.num_full_vocab
+    )
 
 
 def abstract(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -17,14 +17,18 @@ from qwen2_jax.engine.sampler import empty_samples, likeliest, logprobs_of, samp
 from qwen2_jax.engine.step_inputs import (
     LORA_TABLES,
     NOWHERE,
+    VOCAB,
+    StepLoRA,
     decode_layout,
     prefill_layout,
+    prompt_logprobs_layout,
     sample_layout,
     unpack,
 )
-from qwen2_jax.models.adapters import LayerBanks, LoRABatch, StepAdapters, TableSizes
+from qwen2_jax.models.adapters import Banks, LoRABatch, StepAdapters, TableSizes
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
+from qwen2_jax.models.vocab_adapters import VocabAdapters, VocabTables
 from qwen2_jax.parallel import pad_to_multiple
 from qwen2_jax.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
@@ -33,7 +37,6 @@ PROMPT_LOGPROBS_CHUNK = 128
 
 Params = dict[str, Any]
 State = dict[str, Array]
-Banks = tuple[LayerBanks, ...]
 Outputs = dict[str, Array]
 
 
@@ -82,7 +85,7 @@ class Programs:
         *,
         rows: int,
         steps: int,
-        lora: TableSizes | None = None,
+        lora: StepLoRA | None = None,
     ) -> tuple[KVCache, State, Outputs]:
         """Run `steps` steps of R rows that each take their likeliest token; `token_ids` [steps, R] come back.
 
@@ -113,7 +116,7 @@ class Programs:
         *,
         rows: int,
         steps: int,
-        lora: TableSizes | None = None,
+        lora: StepLoRA | None = None,
     ) -> tuple[KVCache, State, Outputs]:
         """Run `num_steps` of at most `steps` steps of R rows, sampled as each row asks; outputs are [steps, R, ...]."""
         inputs = unpack(packed, decode_layout(rows, self.blocks_per_sequence, lora))
@@ -142,7 +145,7 @@ class Programs:
         *,
         tokens: int,
         rows: int,
-        lora: TableSizes | None = None,
+        lora: StepLoRA | None = None,
     ) -> tuple[KVCache, State]:
         """Run one step of T tokens in R rows; the final hidden states go to the state, for `sample`."""
         inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence, lora))
@@ -152,15 +155,24 @@ class Programs:
         return kv_cache, state | {"hidden": jax.lax.dynamic_update_slice(state["hidden"], hidden, (0, 0))}
 
     def sample(
-        self, params: Params, state: State, packed: Int[Array, " W"], *, rows: int, greedy: bool
+        self,
+        params: Params,
+        state: State,
+        packed: Int[Array, " W"],
+        banks: Banks | None = None,
+        *,
+        rows: int,
+        greedy: bool,
+        lora: StepLoRA | None = None,
     ) -> tuple[State, Outputs]:
         """Sample from the last prefill step's hidden states for R rows; outputs are [1, R, ...].
 
         With `greedy` every row takes its likeliest token, and `token_ids` are all that comes back.
         """
-        inputs = unpack(packed, sample_layout(rows))
+        inputs = unpack(packed, sample_layout(rows, lora))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
-        logits = model.compute_logits(state["hidden"][inputs["lm_head_indices"]])
+        adapters = _vocab_adapters(inputs, banks, lora)
+        logits = model.compute_logits(state["hidden"][inputs["lm_head_indices"]], adapters)
         outputs = {"token_ids": likeliest(logits)} if greedy else sample(logits, inputs, state, self.max_logprobs)
         state = self._remember(state, inputs, outputs["token_ids"])
         return state, {name: value[None] for name, value in outputs.items()}
@@ -175,7 +187,7 @@ class Programs:
         *,
         tokens: int,
         rows: int,
-        lora: TableSizes | None = None,
+        lora: StepLoRA | None = None,
     ) -> tuple[KVCache, State, Float[Array, "R E"]]:
         """Run one step of T tokens in R rows; returns the embeddings of rows that this step completes."""
         inputs = unpack(packed, prefill_layout(tokens, rows, self.blocks_per_sequence, lora))
@@ -188,13 +200,23 @@ class Programs:
         state = {"pooled": state["pooled"].at[inputs["row_indices"]].set(total)}
         return kv_cache, state, model.project(total, batch.context_lens)
 
-    def prompt_logprobs(self, params: Params, state: State, packed: Int[Array, " 1+C"]) -> Outputs:
-        """Report log-probabilities of the tokens `packed[1:]`, which follow those from `packed[0]` of the last step."""
+    def prompt_logprobs(
+        self,
+        params: Params,
+        state: State,
+        packed: Int[Array, " W"],
+        banks: Banks | None = None,
+        *,
+        lora: StepLoRA | None = None,
+    ) -> Outputs:
+        """Report log-probabilities of a chunk of tokens, which follow those from `start` of the last step."""
+        inputs = unpack(packed, prompt_logprobs_layout(PROMPT_LOGPROBS_CHUNK, lora))
         model: FlashQwen2ForCausalLM = nnx.merge(self.graphdef, params)
-        start, targets = packed[0], packed[1:]
-        hidden = jax.lax.dynamic_slice_in_dim(state["hidden"], start, targets.shape[0])
+        targets = inputs["targets"]
+        hidden = jax.lax.dynamic_slice_in_dim(state["hidden"], inputs["start"][0], targets.shape[0])
         none = jnp.full((targets.shape[0], 1), -1, jnp.int32)
-        return logprobs_of(model.compute_logits(hidden), targets, none, self.max_logprobs)
+        logits = model.compute_logits(hidden, _vocab_adapters(inputs, banks, lora))
+        return logprobs_of(logits, targets, none, self.max_logprobs)
 
     def set_row(self, state: State, packed: Int[Array, " W"], *, name: str) -> State:
         """Set row `packed[0]` of the state array `name` to the rest of `packed` (float32 as its bits)."""
@@ -239,12 +261,25 @@ class Programs:
         return state | {"token_ids": token_ids.set(sampled, mode="drop")}
 
 
-def _adapters(inputs: dict[str, Array], banks: Banks | None, lora: TableSizes | None) -> StepAdapters | None:
+def _adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoRA | None) -> StepAdapters | None:
+    """Return what a step takes of adapters."""
     if banks is None or lora is None:
         return None
-    tables = {name: inputs[name] for name in LORA_TABLES}
-    tables = LoRABatch(**tables, tile=lora.tile, max_pages=lora.max_pages)
-    return StepAdapters(layers=banks, tables=tables, scale_rows=inputs["scale_rows"])
+    tables, vocab = _tables(inputs, lora.tables), _vocab_adapters(inputs, banks, lora)
+    return StepAdapters(layers=banks.layers, tables=tables, scale_rows=inputs["scale_rows"], vocab=vocab)
+
+
+def _vocab_adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoRA | None) -> VocabAdapters | None:
+    if banks is None or lora is None or banks.vocab is None or lora.vocab is None:
+        return None
+    rest = ("token_pages", "full_embed_rows", "full_head_rows", "full_heads", "num_full_heads")
+    tables = VocabTables(tables=_tables(inputs, lora.vocab, VOCAB), **{name: inputs[name] for name in rest})
+    return VocabAdapters(banks=banks.vocab, tables=tables)
+
+
+def _tables(inputs: dict[str, Array], sizes: TableSizes, prefix: str = "") -> LoRABatch:
+    tables = {name: inputs[prefix + name] for name in LORA_TABLES}
+    return LoRABatch(**tables, tile=sizes.tile, max_pages=sizes.max_pages)
 
 
 def at_step(inputs: dict[str, Array], step: Array) -> dict[str, Array]:

@@ -27,6 +27,17 @@ class Field:
     is_float: bool = False
 
 
+@dataclass(frozen=True)
+class StepLoRA:
+    """The static sizes of what a step takes of adapters."""
+
+    tables: TableSizes
+    vocab: TableSizes | None = None
+    """Of what changes embeddings and head; None without room for that."""
+    num_full: int = 0
+    """Whole matrices that there is room for, of each kind."""
+
+
 Layout = dict[str, Field]
 
 
@@ -68,6 +79,8 @@ LORA_TABLES = (
     "num_items",
 )
 """The arrays of `models.adapters.LoRABatch`."""
+VOCAB = "vocab_"
+"""The beginning of the names of those for embeddings and head."""
 
 
 def sampling_layout(rows: int) -> Layout:
@@ -76,7 +89,7 @@ def sampling_layout(rows: int) -> Layout:
     return ints | {name: Field((rows,), is_float=True) for name in SAMPLING_FLOATS}
 
 
-def decode_layout(rows: int, blocks: int, lora: TableSizes | None = None) -> Layout:
+def decode_layout(rows: int, blocks: int, lora: StepLoRA | None = None) -> Layout:
     """A call of decode steps: R rows with tables of M blocks, as they are at the first step, and their adapters."""
     adapters = {} if lora is None else lora_layout(rows, lora)
     return {
@@ -89,7 +102,7 @@ def decode_layout(rows: int, blocks: int, lora: TableSizes | None = None) -> Lay
     }
 
 
-def prefill_layout(tokens: int, rows: int, blocks: int, lora: TableSizes | None = None) -> Layout:
+def prefill_layout(tokens: int, rows: int, blocks: int, lora: StepLoRA | None = None) -> Layout:
     """A step with prefills, of T tokens in R rows with tables of M blocks, and their adapters."""
     adapters = {} if lora is None else lora_layout(tokens, lora)
     return {
@@ -105,13 +118,40 @@ def prefill_layout(tokens: int, rows: int, blocks: int, lora: TableSizes | None 
     }
 
 
-def sample_layout(rows: int) -> Layout:
-    """Sampling for R rows of the prefill step before."""
-    return {"lm_head_indices": Field((rows,)), **sampling_layout(rows)}
+def sample_layout(rows: int, lora: StepLoRA | None = None) -> Layout:
+    """Sampling for R rows of the prefill step before, with adapters that change the head."""
+    adapters = {} if lora is None else vocab_layout(rows, lora)
+    return {"lm_head_indices": Field((rows,)), **sampling_layout(rows), **adapters}
 
 
-def lora_layout(tokens: int, sizes: TableSizes) -> Layout:
-    """The adapters of a step of T tokens: `models.adapters.LoRABatch`, and the row of vectors of each token."""
+def prompt_logprobs_layout(tokens: int, lora: StepLoRA | None = None) -> Layout:
+    """Log-probabilities of T tokens that follow those from `start` on of the prefill step before."""
+    adapters = {} if lora is None else vocab_layout(tokens, lora)
+    return {"start": Field((1,)), "targets": Field((tokens,)), **adapters}
+
+
+def lora_layout(tokens: int, lora: StepLoRA) -> Layout:
+    """The adapters of a step of T tokens: what they add in the layers, and in the embeddings and the head."""
+    layers = tables_layout(tokens, lora.tables) | {"scale_rows": Field((tokens,))}
+    return layers | vocab_layout(tokens, lora)
+
+
+def vocab_layout(tokens: int, lora: StepLoRA) -> Layout:
+    """What the adapters of T tokens change in the embeddings and the head: `models.vocab_adapters.VocabTables`."""
+    if lora.vocab is None:
+        return {}
+    tables = {VOCAB + name: field for name, field in tables_layout(tokens, lora.vocab).items()}
+    return tables | {
+        "token_pages": Field((tokens, lora.vocab.max_pages)),
+        "full_embed_rows": Field((tokens,)),
+        "full_head_rows": Field((tokens,)),
+        "full_heads": Field((lora.num_full,)),
+        "num_full_heads": Field((1,)),
+    }
+
+
+def tables_layout(tokens: int, sizes: TableSizes) -> Layout:
+    """The tables of T tokens: `models.adapters.LoRABatch`."""
     segments, items = (sizes.max_segments,), (sizes.max_items,)
     return {
         "token_order": Field((tokens,)),
@@ -124,7 +164,6 @@ def lora_layout(tokens: int, sizes: TableSizes) -> Layout:
         "item_weights": Field(items, is_float=True),
         "num_segments": Field((1,)),
         "num_items": Field((1,)),
-        "scale_rows": Field((tokens,)),
     }
 
 

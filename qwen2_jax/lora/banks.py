@@ -23,7 +23,7 @@ from qwen2_jax.models.adapters import (
 )
 from qwen2_jax.parallel import TP, out_sharding
 
-Banks = tuple[LayerBanks, ...]
+Layers = tuple[LayerBanks, ...]
 Placed = dict[str, Any]
 
 
@@ -51,17 +51,12 @@ class DeviceBanks:
         shardings = tuple(layer for _ in range(config.num_hidden_layers))
         sizes = {"num_pages": num_pages, "num_vectors": num_vectors}
         with jax.set_mesh(mesh):
-            self.banks: Banks = jax.jit(partial(init_banks, config, tp, dtype, **sizes), out_shardings=shardings)()
+            self.banks: Layers = jax.jit(partial(init_banks, config, tp, dtype, **sizes), out_shardings=shardings)()
         self._num_layers = config.num_hidden_layers
-
-    @property
-    def abstract(self) -> Banks:
-        """The banks' shapes and shardings."""
-        return jax.tree.map(_spec, self.banks)
 
     def compile(self) -> None:
         """Compile the writing programs."""
-        banks, index = self.abstract, self._struct((), jnp.int32, P())
+        banks, index = jax.tree.map(_spec, self.banks), self._struct((), jnp.int32, P())
         shardings = jax.tree.map(lambda leaf: leaf.sharding, banks)
         pages = self._struct((self._max_pages,), jnp.int32, P())
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
@@ -91,11 +86,6 @@ class DeviceBanks:
         listed[: len(pages)] = pages
         listed_array = jax.device_put(listed, NamedSharding(self._mesh, P()))
         self.banks = self._write_vectors(self._params, self.banks, listed_array, self._index(row), placed)
-
-    def delete(self) -> None:
-        """Let go of the device's memory."""
-        for array in jax.tree.leaves(self.banks):
-            array.delete()
 
     def _page_structs(self) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         """By projection a page's two factors and their scaling, all layers stacked; see `pages.Factors`."""
@@ -136,7 +126,7 @@ def _put(array: np.ndarray, struct: jax.ShapeDtypeStruct) -> Array:
     return jax.device_put(array, struct.sharding)
 
 
-def _write_page(banks: Banks, page: Int[Array, ""], placed: Placed) -> Banks:
+def _write_page(banks: Layers, page: Int[Array, ""], placed: Placed) -> Layers:
     def write(layer: int, name: str) -> ProjectionBanks:
         bank: ProjectionBanks = getattr(banks[layer], name)
         a, b, scaling = (part[layer] for part in placed[name])
@@ -151,11 +141,11 @@ def _write_page(banks: Banks, page: Int[Array, ""], placed: Placed) -> Banks:
 def _write_vectors(
     graphdef: nnx.GraphDef,
     params: dict[str, Any],
-    banks: Banks,
+    banks: Layers,
     pages: Int[Array, " M"],
     row: Int[Array, ""],
     placed: Placed,
-) -> Banks:
+) -> Layers:
     model = nnx.merge(graphdef, params).model
 
     def write(layer: int, name: str) -> ProjectionBanks:

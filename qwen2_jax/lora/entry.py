@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from qwen2_jax.types import LoRARequest
 
 if TYPE_CHECKING:
     from qwen2_jax.lora.pages import Page, Vectors
+    from qwen2_jax.lora.vocab import VocabCopy
     from qwen2_jax.models.adapters import TokenGroup
 
 
@@ -36,6 +38,13 @@ class HostCopy:
 
     pages: list[Page]
     vectors: Vectors | None
+    vocab: VocabCopy | None = None
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """The places that it takes on the devices, by kind."""
+        vocab = {} if self.vocab is None else {"vocab_pages": len(self.vocab.pages)} | dict.fromkeys(self.vocab.full, 1)
+        return {"pages": len(self.pages), "vectors": int(self.vectors is not None)} | vocab
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,14 +56,18 @@ class AdapterEntry:
     path: Path
     digest: str
     """Of its content: another content is another adapter."""
-    num_pages: int
-    has_vectors: bool
+    needs: Mapping[str, int]
+    """The places that it takes on the devices, by kind."""
     nbytes: int
     applied: Counter[str]
     """How many layers it changes, by module."""
     host: HostCopy | None = None
+    places: Mapping[str, list[int]] = field(default_factory=dict)
+    """The places that it has on the devices, while it is there."""
     group: TokenGroup | None = None
-    """The pages and vectors that it has on the device, while it is there."""
+    """What its tokens add in the layers, while it is there."""
+    vocab_group: TokenGroup | None = None
+    """What they add in the embeddings and the head, if it changes these."""
     pins: int = 0
     """Running requests that use it."""
     is_pinned: bool = False
@@ -70,10 +83,9 @@ class AdapterEntry:
         """Whether it is on the device."""
         return self.group is not None
 
-    @property
-    def page_ids(self) -> list[int]:
-        """The pages that it has on the device."""
-        return [] if self.group is None else [use.page for use in self.group.pages]
+    def place(self, kind: str) -> int:
+        """Return its place of a kind of which it has one at most; -1 is none."""
+        return next(iter(self.places.get(kind, [])), -1)
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@
 manager's own; all that concerns the banks is done by the engine's thread in `acquire`, `release` and `unload`.
 """
 
-import itertools
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -12,20 +11,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import AdapterError, nearest
 from qwen2_jax.lora.adapter import Adapter
-from qwen2_jax.lora.banks import DeviceBanks
-from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission, HostCopy
+from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
 from qwen2_jax.lora.files import digest_adapter, file_signature, resolve_adapter
-from qwen2_jax.lora.pages import PageLayout
+from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
 from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.lora.room import Room
 from qwen2_jax.lora.sizes import LoRASizes
-from qwen2_jax.models.adapters import PageUse, TokenGroup
+from qwen2_jax.lora.vocab import vocab_ranks
 from qwen2_jax.types import LoRARequest
 
+_OPTIONS = {
+    "pages": "max_loras",
+    "vectors": "max_loras",
+    "vocab_pages": "max_vocab_loras",
+    "full_embed": "max_full_vocab",
+    "full_head": "max_full_vocab",
+}
+"""The option that each kind of place comes from."""
 MAX_STAGED = 4
 """Adapters that are copied to the devices at a time: each takes its size once more until it is in its pages."""
 
@@ -33,20 +38,11 @@ MAX_STAGED = 4
 class AdapterManager:
     """The adapters of one engine."""
 
-    def __init__(
-        self,
-        base: ModelConfig,
-        layout: PageLayout,
-        banks: DeviceBanks,
-        sizes: LoRASizes,
-        *,
-        token: str | bool | None = None,
-    ) -> None:
-        """Serve adapters for the model `base` from `banks`; `token` is the hub's."""
-        self._base, self._layout, self._banks, self._token = base, layout, banks, token
+    def __init__(self, base: ModelConfig, placer: Placer, sizes: LoRASizes, *, token: str | bool | None = None) -> None:
+        """Serve adapters for the model `base` from the banks of `placer`; `token` is the hub's."""
+        self._base, self._placer, self._token = base, placer, token
         self._sizes = sizes
-        self._free_pages = list(range(sizes.num_pages))[::-1]
-        self._free_vectors = list(range(sizes.num_vectors))[::-1]
+        self._room = Room(sizes.places)
         self._lock = threading.RLock()  # of the three tables below and the host copies
         self._by_digest: dict[str, AdapterEntry] = {}
         self._by_path: dict[Path, tuple[Any, AdapterEntry]] = {}
@@ -59,9 +55,9 @@ class AdapterManager:
         self._stats = AdapterStats()
 
     @property
-    def banks(self) -> DeviceBanks:
-        """The device's banks."""
-        return self._banks
+    def placer(self) -> Placer:
+        """The banks on the devices."""
+        return self._placer
 
     def find(self, request: LoRARequest) -> AdapterEntry:
         """Return the adapter that `request` names, read and checked if it is new or has changed; from any thread.
@@ -157,55 +153,39 @@ class AdapterManager:
             done.wait(seconds)
 
     def check_integrity(self) -> None:
-        """Raise `AssertionError` if a page or a row of vectors is lost or in two places."""
-        held = [page for entry in self._resident for page in entry.page_ids]
-        if sorted(held + self._free_pages) != list(range(self._sizes.num_pages)):
-            raise AssertionError(f"pages {held} are held, {self._free_pages} free, of {self._sizes.num_pages}")
+        """Raise `AssertionError` if a place is lost or someone else's, too."""
+        self._room.check_integrity(entry.places for entry in self._resident)
         if any(entry.pins < 0 for entry in self._resident):
             raise AssertionError("an adapter was released more often than acquired")
 
     def close(self) -> None:
         """Stop the threads and let go of the device's memory."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._banks.delete()
+        self._placer.delete()
 
     def _register(self, request: LoRARequest, path: Path) -> AdapterEntry:
-        adapter = read_adapter(path, self._base)
-        if adapter.max_rank > self._sizes.max_rank:
+        name, adapter = request.lora_name, read_adapter(path, self._base)
+        rank = max(adapter.max_rank, vocab_ranks(adapter))
+        if rank > self._sizes.max_rank:
             raise AdapterError(
-                f"adapter {request.lora_name!r} has rank {adapter.max_rank}; max_lora_rank={self._sizes.max_rank} "
-                f"allows no more, start with max_lora_rank={adapter.max_rank}"
+                f"adapter {name!r} has rank {rank} (a replaced token counts as one); max_lora_rank="
+                f"{self._sizes.max_rank} allows no more, start with max_lora_rank={rank}"
             )
-        self._refuse(request, adapter)
-        host = self._host_copy(adapter)
-        if len(host.pages) > self._sizes.num_pages:
+        host = self._placer.host_copy(name, adapter)
+        if (kind := self._room.lacking(host.needs)) is not None:
             raise AdapterError(
-                f"adapter {request.lora_name!r} of rank {adapter.max_rank} takes {len(host.pages)} pages of 16 ranks, "
-                f"and there are {self._sizes.num_pages}; raise max_loras or max_lora_rank"
+                f"adapter {name!r} takes {host.needs[kind]} {kind}, and there are {self._sizes.places[kind]}; "
+                f"start with a larger {_OPTIONS[kind]}"
             )
         return AdapterEntry(
             request=request,
             path=path,
             digest=adapter.digest,
-            num_pages=len(host.pages),
-            has_vectors=host.vectors is not None,
+            needs=host.needs,
             nbytes=adapter.nbytes,
-            applied=Counter(name for _, name in adapter.linear),
+            applied=_applied(adapter),
             host=host,
         )
-
-    def _refuse(self, request: LoRARequest, adapter: Adapter) -> None:
-        names = ("embed_tokens", "lm_head", "full_embed_tokens", "full_lm_head")
-        names += ("embed_token_rows", "lm_head_token_rows")
-        found = [name for name in names if getattr(adapter, name) is not None]
-        if found:
-            raise AdapterError(
-                f"adapter {request.lora_name!r} changes {', '.join(found)}, which is not served yet: only adapters of "
-                "the attention's and the MLP's projections are"
-            )
-
-    def _host_copy(self, adapter: Adapter) -> HostCopy:
-        return HostCopy(pages=self._layout.pages(adapter), vectors=self._layout.vectors(adapter))
 
     def _keep_on_host(self, entry: AdapterEntry) -> None:
         self._on_host[entry] = None
@@ -236,10 +216,13 @@ class AdapterManager:
                 raise error
             entry.error = error
             return Admission.FAILED
-        self._write(entry, *future.result())
+        entry.places = self._room.take(entry.needs)
+        self._placer.write(entry, future.result())
+        self._resident[entry] = None
+        self._stats.num_loads += 1
         return Admission.READY
 
-    def _stage(self, entry: AdapterEntry) -> tuple[list[int], list[Any], Any]:
+    def _stage(self, entry: AdapterEntry) -> Staged:
         """Copy an adapter to the devices, from host memory or, where it has left that, from its files."""
         with self._lock:
             host = entry.host
@@ -249,46 +232,34 @@ class AdapterManager:
                     f"adapter {entry.request.lora_name!r}: {entry.path} has changed since the request was sent; send "
                     "it again"
                 )
-            host = self._host_copy(read_adapter(entry.path, self._base))
+            host = self._placer.host_copy(entry.request.lora_name, read_adapter(entry.path, self._base))
             with self._lock:
                 entry.host = host
                 self._keep_on_host(entry)
-        pages = [self._banks.place_page(page) for page in host.pages]
-        vectors = None if host.vectors is None else self._banks.place_vectors(host.vectors)
-        jax.block_until_ready((pages, vectors))
-        return [page.modules for page in host.pages], pages, vectors
+        return self._placer.stage(host)
 
     def _make_room(self, entry: AdapterEntry) -> bool:
-        """Free the pages and the row of vectors that an adapter takes; False if those in use leave too little."""
+        """Free the places that an adapter takes; False if those in use leave too few."""
         idle = [other for other in self._resident if not other.pins and not other.is_pinned]
-        pages = len(self._free_pages) + sum(other.num_pages for other in idle)
-        vectors = len(self._free_vectors) + sum(other.has_vectors for other in idle)
-        if pages < entry.num_pages or vectors < entry.has_vectors:
+        if not self._room.fits(entry.needs, given_back=[other.needs for other in idle]):
             return False
         for other in idle:
-            if len(self._free_pages) >= entry.num_pages and len(self._free_vectors) >= entry.has_vectors:
+            if self._room.fits(entry.needs):
                 break
             self._evict(other)
             self._stats.num_evictions += 1
         return True
 
-    def _write(self, entry: AdapterEntry, modules: list[int], pages: list[Any], vectors: Any) -> None:
-        ids = [self._free_pages.pop() for _ in pages]
-        row = self._free_vectors.pop() if vectors is not None else -1
-        for page, placed in zip(ids, pages, strict=True):
-            self._banks.write_page(page, placed)
-        if vectors is not None:
-            self._banks.write_vectors(ids, row, vectors)
-        uses = itertools.starmap(lambda page, bits: PageUse(page=page, modules=bits), zip(ids, modules, strict=True))
-        entry.group = TokenGroup(pages=tuple(uses), vector=row)
-        self._resident[entry] = None
-        self._stats.num_loads += 1
-
     def _evict(self, entry: AdapterEntry) -> None:
         """Take an adapter from the device. Steps that read it were launched before any that will overwrite it."""
-        assert entry.group is not None
-        self._free_pages += entry.page_ids
-        if entry.group.vector >= 0:
-            self._free_vectors.append(entry.group.vector)
-        entry.group = None
+        self._room.give_back(entry.places)
+        entry.places, entry.group, entry.vocab_group = {}, None, None
         del self._resident[entry]
+
+
+def _applied(adapter: Adapter) -> Counter[str]:
+    """Count what an adapter changes, by module."""
+    found = Counter(name for _, name in adapter.linear)
+    found.update(f"{name}.bias" for _, name in adapter.biases)
+    found.update(name for name in VOCAB_FIELDS if getattr(adapter, name) is not None)
+    return found

@@ -26,6 +26,24 @@ class LoRASizes:
     max_pages: int
     max_rank: int
     max_on_host: int
+    num_vocab_pages: int
+    num_full_vocab: int
+
+    @property
+    def has_vocab(self) -> bool:
+        """Whether adapters may change embeddings or head."""
+        return self.num_vocab_pages + self.num_full_vocab > 0
+
+    @property
+    def places(self) -> dict[str, int]:
+        """What there is on the devices, by kind."""
+        return {
+            "pages": self.num_pages,
+            "vectors": self.num_vectors,
+            "vocab_pages": self.num_vocab_pages,
+            "full_embed": self.num_full_vocab,
+            "full_head": self.num_full_vocab,
+        }
 
     @classmethod
     def of(cls, options: LoRAConfig, model: ModelConfig, dtype: str, tp: int) -> "LoRASizes":
@@ -43,14 +61,21 @@ class LoRASizes:
             num_vectors=count,
             max_pages=options.max_pages,
             max_rank=options.max_lora_rank,
+            num_vocab_pages=options.max_vocab_loras * options.max_pages,
+            num_full_vocab=options.max_full_vocab,
             max_on_host=options.max_cpu_loras or 4 * count * options.max_pages,
         )
 
     def tables(self, tokens: int, rows: int) -> TableSizes:
         """Return the sizes of the tables of a program for `tokens` tokens in `rows` rows."""
-        return table_sizes(
-            tokens, max_groups=min(rows, self.num_pages), max_pages=self.max_pages, num_pages=self.num_pages
-        )
+        return self._tables(tokens, rows, self.num_pages)
+
+    def vocab_tables(self, tokens: int, rows: int) -> TableSizes | None:
+        """Return the sizes of those of what changes embeddings and head; None without room for that."""
+        return self._tables(tokens, rows, max(self.num_vocab_pages, 1)) if self.has_vocab else None
+
+    def _tables(self, tokens: int, rows: int, num_pages: int) -> TableSizes:
+        return table_sizes(tokens, max_groups=min(rows, num_pages), max_pages=self.max_pages, num_pages=num_pages)
 
 
 def _page_bytes(model: ModelConfig, dtype: str, tp: int) -> int:

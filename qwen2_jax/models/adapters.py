@@ -17,12 +17,14 @@ from qwen2_kernels.lora.batch import MODULES, RANKS
 from qwen2_kernels.lora.segments import PageUse, TableSizes, TokenGroup, build_lora_tables, table_sizes
 
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.models.vocab_adapters import VocabAdapters, VocabBanks
 from qwen2_jax.parallel import TP, HeadLayout, pad_to_multiple
 
 __all__ = [
     "MODULES",
     "RANKS",
     "Adapted",
+    "Banks",
     "LayerBanks",
     "LoRABatch",
     "PageUse",
@@ -74,6 +76,16 @@ class LayerBanks:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Banks:
+    """All banks of an engine."""
+
+    layers: tuple[LayerBanks, ...]
+    vocab: VocabBanks | None
+    """Of embeddings and head; None where there is no room for adapters of these."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class StepAdapters:
     """What the model takes in a step with adapters."""
 
@@ -81,6 +93,8 @@ class StepAdapters:
     tables: LoRABatch
     scale_rows: Int[Array, " T"]
     """The row of vectors that each token uses, -1 for none."""
+    vocab: VocabAdapters | None = None
+    """What changes embeddings and head; None in an engine without room for that."""
 
     def of_layer(self, index: int) -> "LayerAdapters":
         """Return what layer `index` needs."""

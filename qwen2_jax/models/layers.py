@@ -8,8 +8,9 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.models import ops
+from qwen2_jax.models import adapter_ops, ops
 from qwen2_jax.models.adapters import LayerAdapters
+from qwen2_jax.models.vocab_adapters import VocabAdapters
 from qwen2_jax.parallel import TP, out_sharding
 
 Shape = tuple[int, ...]
@@ -56,13 +57,16 @@ class VocabEmbedding(nnx.Module):
     def __init__(self, vocab_size: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.embedding = weight(rngs, (vocab_size, size), (TP, None), std, dtype)
 
-    def __call__(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Look tokens up; one all-reduce."""
-        return self.embedding[...].at[input_ids].get(out_sharding=out_sharding(None, None))
+    def __call__(self, input_ids: Int[Array, " T"], adapters: VocabAdapters | None = None) -> Float[Array, "T D"]:
+        """Look tokens up, as adapters change them; one all-reduce."""
+        x = self.embedding[...].at[input_ids].get(out_sharding=out_sharding(None, None))
+        return x if adapters is None else adapter_ops.adapted_embedding(x, input_ids, adapters)
 
-    def attend(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Return each token's logits in float32, whole on every device."""
+    def attend(self, x: Float[Array, "T D"], adapters: VocabAdapters | None = None) -> Float[Array, "T V"]:
+        """Return each token's logits in float32, whole on every device, as adapters change them."""
         logits = ops.project_vocab(x, self.embedding[...])
+        if adapters is not None:
+            logits = adapter_ops.adapted_logits(logits, x, adapters)
         sharding = out_sharding(None, None)
         return logits if sharding is None else jax.sharding.reshard(logits, sharding)
 
@@ -84,7 +88,7 @@ class QKVProj(nnx.Module):
         self, x: Float[Array, "T D"], o_proj: OProj, adapters: LayerAdapters
     ) -> tuple[Float[Array, "S T K G+2 H"], ops.Adapted]:
         """Project normed tokens, and return what adapters change; no communication."""
-        return ops.adapted_qkv(x, self.kernel[...], o_proj.kernel[...], adapters)
+        return adapter_ops.adapted_qkv(x, self.kernel[...], o_proj.kernel[...], adapters)
 
 
 class OProj(nnx.Module):
@@ -103,7 +107,7 @@ class OProj(nnx.Module):
         self, x: Float[Array, "T K G H"], adapters: LayerAdapters
     ) -> tuple[Float[Array, "S T D"], ops.Adapted | None]:
         """Project, partial sums, and return what adapters change; one all-reduce."""
-        return ops.adapted_rows(x, self.kernel[...], adapters, "o")
+        return adapter_ops.adapted_rows(x, self.kernel[...], adapters, "o")
 
 
 class GateUpProj(nnx.Module):
@@ -124,7 +128,7 @@ class GateUpProj(nnx.Module):
 
     def adapted(self, x: Float[Array, "T D"], adapters: LayerAdapters, activation: str) -> Float[Array, "T F"]:
         """Return `act(gate) * up` of normed tokens with their adapters; no communication."""
-        return ops.adapted_gated(x, self.kernel[...], adapters, activation)
+        return adapter_ops.adapted_gated(x, self.kernel[...], adapters, activation)
 
     def features_first(self, x: Float[Array, "T D"]) -> Float[Array, "2 F T"]:
         """Project with the kernel as the left operand."""
@@ -145,7 +149,7 @@ class DownProj(nnx.Module):
         self, x: Float[Array, "T F"], adapters: LayerAdapters
     ) -> tuple[Float[Array, "S T D"], ops.Adapted | None]:
         """Project, partial sums, and return what adapters change; one all-reduce."""
-        return ops.adapted_rows(x, self.kernel[...], adapters, "down")
+        return adapter_ops.adapted_rows(x, self.kernel[...], adapters, "down")
 
     def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "1 T D"]:
         """Project with the kernel as the left operand; one all-reduce."""

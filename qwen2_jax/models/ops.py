@@ -1,11 +1,11 @@
-"""The only caller of the kernels: each call is one `shard_map` island over the KV heads.
+"""The calls of the kernels, those with adapters apart: each is one `shard_map` island over the KV heads.
 
 A kernel that XLA cannot look into has no sharding rule; inside the island it sees one device's heads and nothing else.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,10 @@ import qwen2_kernels as kernels
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
-from qwen2_kernels import LoRABatch
-from qwen2_kernels.lora.batch import DOWN_PROJECTION, O_PROJECTION, qkv_projection
 
-from qwen2_jax.models.adapters import LayerAdapters, ProjectionBanks, bank_specs
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.parallel import TP
 
-ROW_PROJECTIONS = {"o": O_PROJECTION, "down": DOWN_PROJECTION}
 HEADS = P(None, TP)  # q: [T, K, ...]
 PARTIAL_HEADS = P(None, None, TP)  # qkv: [S, T, K, ...]
 POOL = P(None, None, TP)  # [P, B, K, H]
@@ -52,7 +48,7 @@ def write_kv_cache(
         return kernels.write_kv(qkv, *arrays, bias=bias, adapted=adapted)
 
     changes = None if adapted is None else Adapted(delta=HEADS, scale_bank=HEADS, scale_rows=P())  # pyright: ignore[reportArgumentType]
-    run = _sharded(island, (PARTIAL_HEADS, P(TP), changes, P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
+    run = sharded(island, (PARTIAL_HEADS, P(TP), changes, P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
     q, k, v = run(qkv, bias, adapted, *rope, *kv_cache, slots)
     return q, (k, v)
 
@@ -67,7 +63,7 @@ def attention(
     def island(q: Array, k: Array, v: Array, tables: Array, *lengths: Array) -> Array:
         return kernels.paged_attention(q, k, v, tables, *lengths, scale=scale, window=window, causal=causal)
 
-    run = _sharded(island, (HEADS, POOL, POOL, P(), *(P() for _ in lengths)), HEADS)
+    run = sharded(island, (HEADS, POOL, POOL, P(), *(P() for _ in lengths)), HEADS)
     return run(q, *kv_cache, batch.block_tables, *lengths)
 
 
@@ -87,7 +83,7 @@ def rms_norm(
         return kernels.rms_norm(x, weight, *residual, eps=eps, adapted=adapted)
 
     residuals = () if residual is None else (residual,)
-    run = _sharded(island, (P(), P(), P(), *(P() for _ in residuals)), (P(), P()))
+    run = sharded(island, (P(), P(), P(), *(P() for _ in residuals)), (P(), P()))
     return run(x, weight, adapted, *residuals)
 
 
@@ -127,7 +123,7 @@ def project_qkv(
         out, residual = norm.project(kernel.reshape(-1, kernel.shape[-1]), o_kernel, partial=True)
         return out.reshape(*out.shape[:2], *kernel.shape[:-1]), residual
 
-    return _sharded(island, (P(), P(TP), HEADS), (PARTIAL_HEADS, P()))(norm, kernel, o_kernel)
+    return sharded(island, (P(), P(TP), HEADS), (PARTIAL_HEADS, P()))(norm, kernel, o_kernel)
 
 
 def project_gated(
@@ -138,7 +134,7 @@ def project_gated(
     def island(norm: PendingNorm, kernel: Array, down_kernel: Array) -> tuple[Array, Array]:
         return norm.project(kernel, down_kernel, activation=activation)
 
-    return _sharded(island, (P(), P(None, TP), HEADS), (HEADS, P()))(norm, kernel, down_kernel)
+    return sharded(island, (P(), P(None, TP), HEADS), (HEADS, P()))(norm, kernel, down_kernel)
 
 
 def project_rows(
@@ -157,92 +153,7 @@ def project_rows(
         return kernels.linear_partial(x, kernel, prefetch=prefetch)
 
     next_specs = [P(None, TP) for _ in next_kernel]
-    return _sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)
-
-
-def adapted_qkv(
-    x: Float[Array, "T D"],
-    kernel: Float[Array, "K G+2 H D"],
-    o_kernel: Float[Array, "D K G H"],
-    adapters: LayerAdapters,
-) -> tuple[Float[Array, "S T K G+2 H"], Adapted]:
-    """Project normed tokens as `project_qkv` does; return partial sums, and what their adapters change in them."""
-
-    def island(
-        x: Array, kernel: Array, o_kernel: Array, banks: ProjectionBanks, tables: LoRABatch
-    ) -> tuple[Array, Array]:
-        kv_heads, slots, head_dim, _ = kernel.shape
-        out = kernels.linear_partial(x, kernel.reshape(-1, kernel.shape[-1]), prefetch=o_kernel)
-        delta = kernels.lora_delta(
-            x,
-            banks.a,
-            banks.b.reshape(*banks.b.shape[:2], -1),
-            tables,
-            projection=qkv_projection(slots - 2, head_dim),
-            bias_bank=banks.bias.reshape(banks.bias.shape[0], -1),
-        )
-        heads = (kv_heads, slots, head_dim)
-        return out.reshape(*out.shape[:2], *heads), delta.reshape(delta.shape[0], *heads)
-
-    banks = adapters.banks.qkv
-    specs = (P(), P(TP), HEADS, bank_specs().qkv, _replicated(adapters.tables))
-    out, delta = _sharded(island, specs, (PARTIAL_HEADS, HEADS))(x, kernel, o_kernel, banks, adapters.tables)
-    return out, Adapted(delta=delta, scale_bank=banks.scale, scale_rows=adapters.scale_rows)
-
-
-def adapted_gated(
-    x: Float[Array, "T D"], kernel: Float[Array, "2 F D"], adapters: LayerAdapters, activation: str
-) -> Float[Array, "T F"]:
-    """Return `act(gate) * up` of normed tokens with their adapters, each device's columns; no communication."""
-
-    def island(x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch) -> Array:
-        base = kernels.linear(x, kernel.reshape(-1, kernel.shape[-1])).reshape(x.shape[0], *kernel.shape[:2])
-        return kernels.lora_gated(
-            x,
-            base,
-            banks.a,
-            banks.b,
-            tables,
-            activation=activation,
-            bias_bank=banks.bias,
-            scale_bank=banks.scale,
-        )
-
-    specs = (P(), P(None, TP), bank_specs().gate_up, _replicated(adapters.tables))
-    return _sharded(island, specs, HEADS)(x, kernel, adapters.banks.gate_up, adapters.tables)
-
-
-def adapted_rows(
-    x: Float[Array, "T *in"], kernel: Float[Array, "D *in"], adapters: LayerAdapters, name: Literal["o", "down"]
-) -> tuple[Float[Array, "S T D"], Adapted | None]:
-    """Multiply as `project_rows` does; return partial sums, and what adapters change in them.
-
-    Several devices add it up at once, in the one all-reduce, so that nothing is left to change.
-    """
-    projection, banks = ROW_PROJECTIONS[name], getattr(adapters.banks, name)
-    is_split = jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1
-
-    def island(
-        x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch, rows: Array
-    ) -> tuple[Array, Array | None]:
-        x, kernel = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
-        a = banks.a.reshape(*banks.a.shape[:3], -1)
-        if not is_split:
-            delta = kernels.lora_delta(x, a, banks.b, tables, projection=projection, bias_bank=banks.bias)
-            return kernels.linear_partial(x, kernel), delta
-        delta = kernels.lora_delta(x, a, banks.b, tables, projection=projection)
-        change = Adapted(delta=delta, scale_bank=banks.scale, scale_rows=rows)
-        total = jax.lax.psum(change(kernels.linear(x, kernel).astype(jnp.float32)), TP)
-        bias = jnp.where(rows[:, None] >= 0, banks.bias[jnp.maximum(rows, 0)], 0.0)
-        return (total + bias).astype(x.dtype)[None], None
-
-    specs = (HEADS, HEADS, getattr(bank_specs(), name), _replicated(adapters.tables), P())
-    out, delta = _sharded(island, specs, (P(), None if is_split else P()))(
-        x, kernel, banks, adapters.tables, adapters.scale_rows
-    )
-    if delta is None:
-        return out, None
-    return out, Adapted(delta=delta, scale_bank=banks.scale, scale_rows=adapters.scale_rows)
+    return sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)
 
 
 def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Float[Array, "T V"]:
@@ -251,14 +162,10 @@ def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Flo
     def island(x: Array, embedding: Array) -> Array:
         return kernels.linear(x, embedding, out_dtype=jnp.dtype(jnp.float32))
 
-    return _sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
+    return sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
 
 
-def _replicated(tree: Any) -> Any:
-    return jax.tree.map(lambda _: P(), tree)
-
-
-def _sharded[**A, O](function: Callable[A, O], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[A, O]:
+def sharded[**A, O](function: Callable[A, O], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[A, O]:
     """Run `function` on each device's shards, or as it is where no mesh is set; specs are trees like the arguments."""
     if jax.sharding.get_abstract_mesh().empty:
         return function

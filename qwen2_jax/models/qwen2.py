@@ -20,6 +20,7 @@ from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.layers import DownProj, GateUpProj, Linear, OProj, QKVProj, Qwen2RMSNorm, VocabEmbedding
 from qwen2_jax.models.ops import Adapted, KVPair, PendingNorm, attention, by_platform, rms_norm, write_kv_cache
 from qwen2_jax.models.rope import rope_cos_sin, rope_frequencies
+from qwen2_jax.models.vocab_adapters import VocabAdapters
 from qwen2_jax.parallel import HeadLayout, pad_to_multiple
 
 KVCache = tuple[KVPair, ...]
@@ -179,7 +180,8 @@ class FlashQwen2Model(nnx.Module):
         config = self.config
         frequencies, scaling = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
         rope = rope_cos_sin(batch.position_ids, frequencies, scaling)
-        x, residual, change, caches = self.embed_tokens(batch.input_ids), None, None, []
+        vocab = None if adapters is None else adapters.vocab
+        x, residual, change, caches = self.embed_tokens(batch.input_ids, vocab), None, None, []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, kv_cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
                 parts = nnx.split(layer)
@@ -231,12 +233,16 @@ class FlashQwen2ForCausalLM(nnx.Module):
         hidden, kv_cache = self.model(batch, kv_cache, adapters)
         if lm_head_indices is not None:
             hidden = hidden[lm_head_indices]
-        return (hidden if skip_lm_head else self.compute_logits(hidden), None), kv_cache
+        vocab = None if adapters is None else adapters.vocab
+        return (hidden if skip_lm_head else self.compute_logits(hidden, vocab), None), kv_cache
 
-    def compute_logits(self, hidden: Float[Array, "Q D"]) -> Float[Array, "Q V"]:
-        """Return the logits of final hidden states, float32, without the vocabulary's padding."""
+    def compute_logits(self, hidden: Float[Array, "Q D"], adapters: VocabAdapters | None = None) -> Float[Array, "Q V"]:
+        """Return the logits of final hidden states, float32, without the vocabulary's padding.
+
+        `adapters` are those that change the head, by the rows of `hidden`.
+        """
         head = self.lm_head if self.config.has_lm_head else self.model.embed_tokens
-        return head.attend(hidden)[:, : self.config.vocab_size]
+        return head.attend(hidden, adapters)[:, : self.config.vocab_size]
 
 
 class FlashQwen2ForEmbeddings(nnx.Module):

@@ -1,0 +1,71 @@
+"""A call's adapters as tables: which tokens use which pages, vectors and matrices on the devices."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen2_jax.engine.schedule import SchedulerOutput
+from qwen2_jax.engine.step_inputs import VOCAB, StepLoRA
+from qwen2_jax.lora.entry import AdapterEntry
+from qwen2_jax.models.adapters import TokenGroup, build_lora_tables
+
+Views = dict[str, np.ndarray]
+
+
+def uses_adapters(output: SchedulerOutput) -> bool:
+    """Return whether any row of a call has an adapter."""
+    return any(row.request.adapter is not None for row in output.rows)
+
+
+def changes_vocab(output: SchedulerOutput) -> bool:
+    """Return whether the adapter of any row of a call changes embeddings or head."""
+    adapters = [row.request.adapter for row in output.rows]
+    return any(adapter is not None and adapter.vocab_group is not None for adapter in adapters)
+
+
+def fill_step(views: Views, output: SchedulerOutput, lora: StepLoRA) -> None:
+    """Fill the tables of a step, whose tokens are its rows' one behind another; see `step_inputs.lora_layout`."""
+    counts = [row.num_tokens for row in output.rows]
+    adapters = [row.request.adapter for row in output.rows]
+    entries, token_groups = _group(adapters, counts, len(views["token_order"]))
+    groups = [_resident(entry) for entry in entries]
+    for name, table in build_lora_tables(token_groups, groups, lora.tables).items():
+        views[name][:] = table
+    views["scale_rows"][:] = np.array([*(group.vector for group in groups), -1])[token_groups]
+    fill_vocab(views, adapters, counts, lora)
+
+
+def fill_vocab(views: Views, adapters: Sequence[AdapterEntry | None], counts: Sequence[int], lora: StepLoRA) -> None:
+    """Fill the tables of what the adapters of rows of `counts` tokens change in the embeddings and the head."""
+    if lora.vocab is None:
+        return
+    entries, token_groups = _group(adapters, counts, len(views["full_head_rows"]))
+    groups = [entry.vocab_group or TokenGroup() for entry in entries]
+    for name, table in build_lora_tables(token_groups, groups, lora.vocab).items():
+        views[VOCAB + name][:] = table
+    pages = np.zeros((len(entries) + 1, lora.vocab.max_pages), np.int32)
+    for index, group in enumerate(groups):
+        pages[index, : len(group.pages)] = [use.page for use in group.pages]
+    views["token_pages"][:] = pages[token_groups]
+    for name, kind in (("full_embed_rows", "full_embed"), ("full_head_rows", "full_head")):
+        views[name][:] = np.array([*(entry.place(kind) for entry in entries), -1])[token_groups]
+    used = sorted({entry.place("full_head") for entry in entries} - {-1})
+    views["full_heads"][: len(used)] = used
+    views["num_full_heads"][0] = len(used)
+
+
+def _group(
+    adapters: Sequence[AdapterEntry | None], counts: Sequence[int], num_tokens: int
+) -> tuple[list[AdapterEntry], np.ndarray]:
+    """Return the distinct adapters, and for each token the index of its own; -1 for none, and for padding."""
+    index: dict[AdapterEntry, int] = {}
+    rows = [-1 if entry is None else index.setdefault(entry, len(index)) for entry in adapters]
+    token_groups = np.full(num_tokens, -1)
+    repeated = np.repeat(rows, counts)
+    token_groups[: len(repeated)] = repeated
+    return list(index), token_groups
+
+
+def _resident(entry: AdapterEntry) -> TokenGroup:
+    assert entry.group is not None, "a running request's adapter is on the device"
+    return entry.group
