@@ -7,7 +7,6 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from qwen2_jax.config import split_options
@@ -15,13 +14,12 @@ from qwen2_jax.engine.async_engine import AsyncEngine
 from qwen2_jax.engine.build import build_engine, read_checkpoint
 from qwen2_jax.engine.engine import Output
 from qwen2_jax.engine.input_processor import ProcessedInput, Prompt
-from qwen2_jax.errors import ConfigError, RequestError
+from qwen2_jax.errors import ConfigError
 from qwen2_jax.llm_adapters import Adapters, LoadedLoRA, LoRARequests
-from qwen2_jax.models.checkpoint import read_json
+from qwen2_jax.llm_inputs import as_list, check_length, generation_defaults, normalized, read_tokenizer
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import (
-    EmbeddingOutput,
     EmbeddingRequestOutput,
     LoRARequest,
     RequestOutput,
@@ -67,8 +65,8 @@ class LLM:
             source = (
                 checkpoint.tokenizer_source if tokenizer is None else resolve(tokenizer, token=token, weights=False)
             )
-            self._tokenizer = _read_tokenizer(source)
-        self._generation_config = _generation_config(generation_config, checkpoint.generation_config)
+            self._tokenizer = read_tokenizer(source)
+        self._generation_config = generation_defaults(generation_config, checkpoint.generation_config)
         self._generation_config |= override_generation_config or {}
         engine, self.model_config, self.config = build_engine(
             path,
@@ -104,11 +102,11 @@ class LLM:
             RequestError: a prompt or its parameters cannot be served. Nothing is run then.
             AdapterError: an adapter cannot be served. Nothing is run then, unless its files go while it waits.
         """
-        prompts = _as_list(prompts)
+        prompts = as_list(prompts)
         adapters = self._adapters.find(lora_request, len(prompts))
         params = self._params_per_prompt(sampling_params, len(prompts))
         priorities = [0] * len(prompts) if priority is None else list(priority)
-        _check_length("priority", len(priorities), len(prompts))
+        check_length("priority", len(priorities), len(prompts))
         sources = [
             self._engine.engine.inputs.generation(
                 self._engine.new_request_id(),
@@ -183,7 +181,7 @@ class LLM:
         normalize: bool | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """Return one vector per prompt; `normalize` makes its length 1 (None: as the checkpoint's modules say)."""
-        prompts = _as_list(prompts)
+        prompts = as_list(prompts)
         inputs, adapters = self._engine.engine.inputs, self._adapters.find(lora_request, len(prompts))
         sources = [
             inputs.embedding(self._engine.new_request_id(), prompt, adapter=adapter)
@@ -191,7 +189,7 @@ class LLM:
         ]
         outputs = [output for output in self._run(sources, use_tqdm) if isinstance(output, EmbeddingRequestOutput)]
         return (
-            [_normalized(output) for output in outputs]
+            [normalized(output) for output in outputs]
             if (normalize or (normalize is None and self._normalize))
             else outputs
         )
@@ -241,7 +239,7 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * count
-        _check_length("sampling_params", len(params), count)
+        check_length("sampling_params", len(params), count)
         return list(params)
 
     def _chat_prompt(self, messages: Sequence[Message], **options: Any) -> Prompt:
@@ -274,46 +272,3 @@ class LLM:
             self._engine.abort([source.request_id for source in sources if source.request_id not in finished])
             raise
         return [finished[source.request_id] for source in sources]
-
-
-def _read_tokenizer(source: Path | dict[str, Any]) -> Tokenizer:
-    if isinstance(source, dict):
-        return Tokenizer.from_gguf(source)
-    return Tokenizer.from_dir(source)
-
-
-def _generation_config(choice: str, of_model: Mapping[str, Any]) -> dict[str, Any]:
-    if choice == "auto":
-        return dict(of_model)
-    if choice == "vllm":
-        return {}
-    path = Path(choice) / "generation_config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"generation_config={choice!r} is not 'auto', 'vllm', or a folder with generation_config.json"
-        )
-    return read_json(path)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return the prompts as a list; a text, a dict or a list of token ids is one prompt."""
-    if isinstance(prompts, str | dict):
-        return [prompts]
-    items = list(prompts)
-    return cast(list[Prompt], [items] if items and isinstance(items[0], int) else items)
-
-
-def _check_length(name: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise RequestError(f"{name} has {found} entries for {expected} prompts; pass one per prompt")
-
-
-def _normalized(output: EmbeddingRequestOutput) -> EmbeddingRequestOutput:
-    vector = np.asarray(output.outputs.embedding)
-    unit = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    return EmbeddingRequestOutput(
-        request_id=output.request_id,
-        outputs=EmbeddingOutput(embedding=unit.tolist()),
-        prompt_token_ids=output.prompt_token_ids,
-        finished=output.finished,
-    )

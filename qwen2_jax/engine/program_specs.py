@@ -94,9 +94,8 @@ class ProgramTable:
     def _small_specs(self) -> dict[ProgramKey, ProgramSpec]:
         """The programs without layers: sampling, prompt log-probabilities, and setting a row of state."""
         programs, state = self.programs, self.state
-        specs = self._heads(
-            "prompt_logprobs", 0, PROMPT_LOGPROBS_CHUNK, programs.prompt_logprobs, prompt_logprobs_layout
-        )
+        chunk, function = PROMPT_LOGPROBS_CHUNK, programs.prompt_logprobs
+        specs = self._heads("prompt_logprobs", 0, chunk, function, prompt_logprobs_layout)
         for rows, greedy in itertools.product(self.config.sample_buckets, (False, True)):
             function = partial(programs.sample, rows=rows, greedy=greedy)
             specs |= self._heads(
