@@ -25,22 +25,22 @@ _MODULE = re.compile(
     rf"|mlp\.(?P<mlp>{'|'.join(MLP)}))|(?P<other>{EMBED_TOKENS}|{LM_HEAD}|{_HEAD_ALIAS}))\."
 )
 # `[^.]+` is the adapter's name in a raw state dict.
-_LINEAR_PARTS: tuple[tuple[str, Part], ...] = (
-    (r"lora_A(\.[^.]+)?\.weight", "a"),
-    (r"lora_B(\.[^.]+)?\.weight", "b"),
-    (r"lora_B(\.[^.]+)?\.bias", "lora_bias"),
+_LINEAR_PARTS: tuple[tuple[re.Pattern[str], Part], ...] = (
+    (re.compile(r"lora_A(\.[^.]+)?\.weight"), "a"),
+    (re.compile(r"lora_B(\.[^.]+)?\.weight"), "b"),
+    (re.compile(r"lora_B(\.[^.]+)?\.bias"), "lora_bias"),
 )
-_EMBEDDING_PARTS: tuple[tuple[str, Part], ...] = (
-    (r"lora_embedding_A(\.[^.]+)?", "a"),
-    (r"lora_embedding_B(\.[^.]+)?", "b"),
+_EMBEDDING_PARTS: tuple[tuple[re.Pattern[str], Part], ...] = (
+    (re.compile(r"lora_embedding_A(\.[^.]+)?"), "a"),
+    (re.compile(r"lora_embedding_B(\.[^.]+)?"), "b"),
 )
-_COMMON_PARTS: tuple[tuple[str, Part], ...] = (
-    (r"lora_magnitude_vector(\.[^.]+)?(\.weight)?", "magnitude"),
-    (r"(base_layer\.)?bias", "bias"),
-    (r"(modules_to_save(\.[^.]+)?\.)?weight", "full"),
-    (r"token_adapter\.trainable_tokens_delta(\.[^.]+)?", "token_rows"),
-    (r"((token_adapter\.)?base_layer|original_module)\.weight", "copy"),
-    (r"token_adapter\.trainable_tokens_original(\.[^.]+)?", "copy"),
+_COMMON_PARTS: tuple[tuple[re.Pattern[str], Part], ...] = (
+    (re.compile(r"lora_magnitude_vector(\.[^.]+)?(\.weight)?"), "magnitude"),
+    (re.compile(r"(base_layer\.)?bias"), "bias"),
+    (re.compile(r"(modules_to_save(\.[^.]+)?\.)?weight"), "full"),
+    (re.compile(r"token_adapter\.trainable_tokens_delta(\.[^.]+)?"), "token_rows"),
+    (re.compile(r"((token_adapter\.)?base_layer|original_module)\.weight"), "copy"),
+    (re.compile(r"token_adapter\.trainable_tokens_original(\.[^.]+)?"), "copy"),
 )
 
 
@@ -68,7 +68,7 @@ def parse_key(file: Path, name: str) -> TensorKey:
     own_parts = _EMBEDDING_PARTS if module == EMBED_TOKENS else _LINEAR_PARTS
     suffix = rest[found.end() :]
     parts = own_parts + _COMMON_PARTS
-    part: Part | None = next((part for pattern, part in parts if re.fullmatch(pattern, suffix)), None)
+    part: Part | None = next((part for pattern, part in parts if pattern.fullmatch(suffix)), None)
     if part is None:
         usual = "lora_embedding_A and lora_embedding_B" if module == EMBED_TOKENS else "lora_A.weight and lora_B.weight"
         raise AdapterError(f"{file}: the tensor {name!r} is no part of a LoRA adapter; for {module} it has {usual}")
