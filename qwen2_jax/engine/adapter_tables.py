@@ -47,7 +47,8 @@ def fill_vocab(views: Views, adapters: Sequence[AdapterEntry | None], counts: Se
     for index, group in enumerate(groups):
         pages[index, : len(group.pages)] = [use.page for use in group.pages]
     views["token_pages"][:] = pages[token_groups]
-    for name, kind in (("full_embed_rows", "full_embed"), ("full_head_rows", "full_head")):
+    rows = {"full_embed_rows": "full_embed", "full_head_rows": "full_head", "vector_rows": "vocab_vectors"}
+    for name, kind in rows.items():
         views[name][:] = np.array([*(entry.place(kind) for entry in entries), -1])[token_groups]
     used = sorted({entry.place("full_head") for entry in entries} - {-1})
     views["full_heads"][: len(used)] = used

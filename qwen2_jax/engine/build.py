@@ -120,10 +120,12 @@ def _vocab_adapters(loaded: LoadedModel, sizes: LoRASizes) -> tuple[VocabLayout,
     layout = VocabLayout(model, mesh.shape[TP], jnp.dtype(loaded.dtype), max_pages=sizes.max_pages, rows=rows)
     banks = DeviceVocabBanks(
         model,
+        loaded.params,
         mesh,
         loaded.dtype,
         num_pages=sizes.num_vocab_pages,
         num_full=sizes.num_full_vocab,
+        num_vectors=sizes.num_vocab_vectors,
         max_pages=sizes.max_pages,
     )
     return layout, banks

@@ -144,6 +144,7 @@ def vocab_layout(tokens: int, lora: StepLoRA) -> Layout:
     return tables | {
         "token_pages": Field((tokens, lora.vocab.max_pages)),
         "full_embed_rows": Field((tokens,)),
+        "vector_rows": Field((tokens,)),
         "full_head_rows": Field((tokens,)),
         "full_heads": Field((lora.num_full,)),
         "num_full_heads": Field((1,)),

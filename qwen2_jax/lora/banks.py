@@ -186,13 +186,9 @@ def _row_norms(
     a = jnp.moveaxis(a, 1, 0).reshape(a.shape[1], -1, *a.shape[3:])  # [C, M * R, *in]
     b = b.reshape(-1, *b.shape[2:])  # [M * R, *out]
     w = kernel.astype(jnp.float32)
-    whole = out_sharding(None, None)
     if name in ("o", "down"):
         w, a = w.reshape(w.shape[0], -1), a[0].reshape(a.shape[1], -1)
-        square = jnp.einsum("di,di->d", w, w, out_sharding=out_sharding(None))
-        product = jnp.einsum("di,ri->rd", w, a, out_sharding=whole)
-        gram = jnp.einsum("ri,qi->rq", a, a, out_sharding=whole)
-        return jnp.sqrt(square + 2 * (b * product).sum(0) + (b * jnp.einsum("rq,qd->rd", gram, b)).sum(0))
+        return row_norms(w, a, b, None)
     if name == "qkv":
         slots = jnp.array([0] * (w.shape[1] - 2) + [1, 2])
         a = a[slots]
@@ -200,6 +196,16 @@ def _row_norms(
         return jnp.sqrt((w * w).sum(-1) + 2 * (b * product).sum(0) + (b * jnp.einsum("srq,qksh->rksh", gram, b)).sum(0))
     product, gram = jnp.einsum("cfd,crd->rcf", w, a), jnp.einsum("crd,cqd->crq", a, a)
     return jnp.sqrt((w * w).sum(-1) + 2 * (b * product).sum(0) + (b * jnp.einsum("crq,qcf->rcf", gram, b)).sum(0))
+
+
+def row_norms(
+    w: Float[Array, "N K"], a: Float[Array, "R K"], b: Float[Array, "R N"], axis: str | None
+) -> Float[Array, " N"]:
+    """Return the norms of the rows of W + B A; float32. `axis` is what N is split over."""
+    square = jnp.einsum("di,di->d", w, w, out_sharding=out_sharding(axis))
+    product = jnp.einsum("di,ri->rd", w, a, out_sharding=out_sharding(None, axis))
+    gram = jnp.einsum("ri,qi->rq", a, a, out_sharding=out_sharding(None, None))
+    return jnp.sqrt(square + 2 * (b * product).sum(0) + (b * jnp.einsum("rq,qd->rd", gram, b)).sum(0))
 
 
 def _set_row(bank: Array, row: Int[Array, ""], value: Array) -> Array:

@@ -43,7 +43,10 @@ class HostCopy:
     @property
     def needs(self) -> dict[str, int]:
         """The places that it takes on the devices, by kind."""
-        vocab = {} if self.vocab is None else {"vocab_pages": len(self.vocab.pages)} | dict.fromkeys(self.vocab.full, 1)
+        vocab = {}
+        if self.vocab is not None:
+            vectors = int(self.vocab.vectors is not None)
+            vocab = {"vocab_pages": len(self.vocab.pages), "vocab_vectors": vectors} | dict.fromkeys(self.vocab.full, 1)
         return {"pages": len(self.pages), "vectors": int(self.vectors is not None)} | vocab
 
 

@@ -27,6 +27,7 @@ _OPTIONS = {
     "pages": "max_loras",
     "vectors": "max_loras",
     "vocab_pages": "max_vocab_loras",
+    "vocab_vectors": "max_vocab_loras",
     "full_embed": "max_full_vocab",
     "full_head": "max_full_vocab",
 }

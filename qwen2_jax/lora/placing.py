@@ -31,6 +31,7 @@ class Staged:
     pages: list[tuple[int, Any]]
     vectors: Any
     vocab_pages: list[tuple[int, Any]]
+    vocab_vectors: dict[str, Any] | None
     full: dict[str, Any]
 
 
@@ -66,22 +67,25 @@ class Placer:
         return HostCopy(
             pages=self._layout.pages(adapter),
             vectors=self._layout.vectors(adapter),
-            vocab=None if self._vocab_layout is None else self._vocab_layout.copy(name, adapter),
+            vocab=None if self._vocab_layout is None else self._vocab_layout.copy(adapter),
         )
 
     def stage(self, host: HostCopy) -> Staged:
         """Copy an adapter to the devices and wait until it is there; steps go on meanwhile."""
-        vocab_pages, full = [], {}
+        vocab_pages, vocab_vectors, full = [], None, {}
         if host.vocab is not None and self._vocab_banks is not None:
             vocab_pages = [(page.modules, self._vocab_banks.place(page.arrays)) for page in host.vocab.pages]
             full = self._vocab_banks.place(host.vocab.full)
+            if host.vocab.vectors is not None:
+                vocab_vectors = self._vocab_banks.place(host.vocab.vectors)
         staged = Staged(
             pages=[(page.modules, self._banks.place_page(page)) for page in host.pages],
             vectors=None if host.vectors is None else self._banks.place_vectors(host.vectors),
             vocab_pages=vocab_pages,
+            vocab_vectors=vocab_vectors,
             full=full,
         )
-        jax.block_until_ready((staged.pages, staged.vectors, staged.vocab_pages, staged.full))
+        jax.block_until_ready([getattr(staged, name) for name in staged.__dataclass_fields__])
         return staged
 
     def write(self, entry: AdapterEntry, staged: Staged) -> None:
@@ -97,6 +101,9 @@ class Placer:
                 self._vocab_banks.write(page, placed)
             for bank, placed in staged.full.items():
                 self._vocab_banks.write(entry.place(bank), {bank: placed})
+            if staged.vocab_vectors is not None:
+                row, pages = entry.place("vocab_vectors"), entry.places["vocab_pages"]
+                self._vocab_banks.write_vectors(pages, row, staged.vocab_vectors)
             entry.vocab_group = _group(entry.places["vocab_pages"], staged.vocab_pages, -1)
 
     def delete(self) -> None:

@@ -27,6 +27,7 @@ class LoRASizes:
     max_rank: int
     max_on_host: int
     num_vocab_pages: int
+    num_vocab_vectors: int
     num_full_vocab: int
 
     @property
@@ -41,6 +42,7 @@ class LoRASizes:
             "pages": self.num_pages,
             "vectors": self.num_vectors,
             "vocab_pages": self.num_vocab_pages,
+            "vocab_vectors": self.num_vocab_vectors,
             "full_embed": self.num_full_vocab,
             "full_head": self.num_full_vocab,
         }
@@ -62,6 +64,7 @@ class LoRASizes:
             max_pages=options.max_pages,
             max_rank=options.max_lora_rank,
             num_vocab_pages=options.max_vocab_loras * options.max_pages,
+            num_vocab_vectors=options.max_vocab_loras,
             num_full_vocab=options.max_full_vocab,
             max_on_host=options.max_cpu_loras or 4 * count * options.max_pages,
         )

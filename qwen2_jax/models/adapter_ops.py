@@ -13,7 +13,7 @@ from qwen2_kernels.lora.batch import DOWN_PROJECTION, O_PROJECTION, qkv_projecti
 
 from qwen2_jax.models.adapters import LayerAdapters, ProjectionBanks, bank_specs
 from qwen2_jax.models.ops import HEADS, PARTIAL_HEADS, project_vocab, sharded
-from qwen2_jax.models.vocab_adapters import EMBED, HEAD, VocabAdapters
+from qwen2_jax.models.vocab_adapters import EMBED, HEAD, VocabAdapters, VocabBanks, VocabTables, vocab_bank_specs
 from qwen2_jax.parallel import TP, out_sharding
 
 ROW_PROJECTIONS = {"o": O_PROJECTION, "down": DOWN_PROJECTION}
@@ -122,7 +122,8 @@ def adapted_embedding(
 
     run = sharded(island, (P(), P(), P(), _replicated(tables.tables)), P())
     delta = run(ranks.reshape(len(ranks), -1), banks.select, banks.embed_b, tables.tables)
-    return (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype)
+    change = Adapted(delta=delta, scale_bank=banks.embed_scale, scale_rows=tables.vector_rows)
+    return change(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def adapted_logits(
@@ -131,13 +132,15 @@ def adapted_logits(
     """Return the float32 `logits` of final hidden states as adapters change them, each device's share."""
     banks, tables = adapters.banks, adapters.tables
 
-    def product(hidden: Array, a: Array, b: Array, tables: LoRABatch) -> Array:
-        return kernels.lora_delta(hidden, a, b, tables, projection=HEAD)
+    def island(logits: Array, hidden: Array, banks: VocabBanks, tables: VocabTables) -> Array:
+        delta = kernels.lora_delta(hidden, banks.head_a, banks.head_b, tables.tables, projection=HEAD)
+        rows = tables.vector_rows
+        change = Adapted(delta=delta, scale_bank=banks.head_scale, scale_rows=rows)
+        return change(logits) + jnp.where(rows[:, None] >= 0, banks.head_bias[jnp.maximum(rows, 0)], 0.0)
 
     if banks.head_a.shape[0]:
-        specs = (P(), P(), P(None, None, TP), _replicated(tables.tables))
-        delta = sharded(product, specs, P(None, TP))(hidden, banks.head_a, banks.head_b, tables.tables)
-        logits = logits + delta.astype(jnp.float32)
+        specs = (P(None, TP), P(), vocab_bank_specs(), _replicated(tables))
+        logits = sharded(island, specs, P(None, TP))(logits, hidden, banks, tables)
     if not banks.full_head.shape[0]:
         return logits
 

@@ -34,6 +34,12 @@ class VocabBanks:
     head_b: Float[Array, "P R V"]
     full_embed: Float[Array, "F V D"]
     full_head: Float[Array, "F V D"]
+    embed_scale: Float[Array, "S D"]
+    """What the model's own embeddings are multiplied by, float32 (DoRA)."""
+    head_scale: Float[Array, "S V"]
+    """The same of its logits."""
+    head_bias: Float[Array, "S V"]
+    """What is added to the logits, float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +52,8 @@ class VocabTables:
     """Each token's pages; what is behind its last is some page, and adds nothing."""
     full_embed_rows: Int[Array, " T"]
     """Which whole embedding matrix a token is looked up in; -1 is the model's."""
+    vector_rows: Int[Array, " T"]
+    """The row of the scales and the bias that a token uses; -1 is none."""
     full_head_rows: Int[Array, " T"]
     full_heads: Int[Array, " F"]
     """The whole heads that are used, `num_full_heads` of them."""
@@ -61,7 +69,9 @@ class VocabAdapters:
     tables: VocabTables
 
 
-def vocab_bank_shapes(config: ModelConfig, tp: int, *, num_pages: int, num_full: int, max_pages: int) -> VocabBanks:
+def vocab_bank_shapes(
+    config: ModelConfig, tp: int, *, num_pages: int, num_full: int, num_vectors: int, max_pages: int
+) -> VocabBanks:
     """Return the banks' shapes."""
     vocab, size = pad_to_multiple(config.vocab_size, tp), config.hidden_size
     shapes = {
@@ -72,18 +82,24 @@ def vocab_bank_shapes(config: ModelConfig, tp: int, *, num_pages: int, num_full:
         "head_b": (num_pages, RANKS, vocab),
         "full_embed": (num_full, vocab, size),
         "full_head": (num_full, vocab, size),
+        "embed_scale": (num_vectors, size),
+        "head_scale": (num_vectors, vocab),
+        "head_bias": (num_vectors, vocab),
     }
     return VocabBanks(**shapes)  # pyright: ignore[reportArgumentType]
 
 
 def vocab_bank_specs() -> VocabBanks:
     """Return the banks' shardings: the vocabulary's rows are split, as the model's own."""
-    specs = {name: P() for name in ("embed_b", "select", "head_a")}
-    specs |= {name: P(None, TP) for name in ("embed_a", "full_embed", "full_head")}
+    specs = {name: P() for name in ("embed_b", "select", "head_a", "embed_scale")}
+    specs |= {name: P(None, TP) for name in ("embed_a", "full_embed", "full_head", "head_scale", "head_bias")}
     return VocabBanks(**specs, head_b=P(None, None, TP))  # pyright: ignore[reportArgumentType]
 
 
 def init_vocab_banks(shapes: VocabBanks, dtype: str) -> VocabBanks:
     """Return empty banks of `vocab_bank_shapes`."""
+    wide = ("embed_scale", "head_scale", "head_bias")
     names = VocabBanks.__dataclass_fields__
-    return VocabBanks(**{name: jnp.zeros(getattr(shapes, name), dtype) for name in names})
+    return VocabBanks(
+        **{name: jnp.zeros(getattr(shapes, name), jnp.float32 if name in wide else dtype) for name in names}
+    )
