@@ -7,7 +7,7 @@ import numpy as np
 from qwen2_jax.engine.schedule import SchedulerOutput
 from qwen2_jax.engine.step_inputs import VOCAB, StepLoRA
 from qwen2_jax.lora.entry import AdapterEntry
-from qwen2_jax.models.adapters import TokenGroup, build_lora_tables
+from qwen2_jax.models.adapters import TableSizes, TokenGroup, build_lora_tables
 
 Views = dict[str, np.ndarray]
 
@@ -29,8 +29,7 @@ def fill_step(views: Views, output: SchedulerOutput, lora: StepLoRA) -> None:
     adapters = [row.request.adapter for row in output.rows]
     entries, token_groups = _group(adapters, counts, len(views["token_order"]))
     groups = [_resident(entry) for entry in entries]
-    for name, table in build_lora_tables(token_groups, groups, lora.tables).items():
-        views[name][:] = table
+    _fill_tables(views, "", token_groups, groups, lora.tables)
     views["scale_rows"][:] = np.array([*(group.vector for group in groups), -1])[token_groups]
     fill_vocab(views, adapters, counts, lora)
 
@@ -41,8 +40,7 @@ def fill_vocab(views: Views, adapters: Sequence[AdapterEntry | None], counts: Se
         return
     entries, token_groups = _group(adapters, counts, len(views["full_head_rows"]))
     groups = [entry.vocab_group or TokenGroup() for entry in entries]
-    for name, table in build_lora_tables(token_groups, groups, lora.vocab).items():
-        views[VOCAB + name][:] = table
+    _fill_tables(views, VOCAB, token_groups, groups, lora.vocab)
     pages = np.zeros((len(entries) + 1, lora.vocab.max_pages), np.int32)
     for index, group in enumerate(groups):
         pages[index, : len(group.pages)] = [use.page for use in group.pages]
@@ -53,6 +51,18 @@ def fill_vocab(views: Views, adapters: Sequence[AdapterEntry | None], counts: Se
     used = sorted({entry.place("full_head") for entry in entries} - {-1})
     views["full_heads"][: len(used)] = used
     views["num_full_heads"][0] = len(used)
+
+
+def _fill_tables(
+    views: Views, prefix: str, token_groups: np.ndarray, groups: list[TokenGroup], sizes: TableSizes
+) -> None:
+    """Fill the tables of tokens' groups; one that adds nothing is none, as the sizes have it."""
+    adding = [index for index, group in enumerate(groups) if group.pages or group.vector >= 0]
+    renumbered = np.full(len(groups) + 1, -1)
+    renumbered[adding] = np.arange(len(adding))
+    tables = build_lora_tables(renumbered[token_groups], [groups[index] for index in adding], sizes)
+    for name, table in tables.items():
+        views[prefix + name][:] = table
 
 
 def _group(

@@ -79,6 +79,8 @@ class AdapterEntry:
     """Whether it goes once nobody uses it."""
     staged: Future[Any] | None = None
     """Its copy on the way to the devices."""
+    last_wanted: float = 0.0
+    """When a request has last asked for it, on the monotonic clock."""
     error: AdapterError | None = None
 
     @property

@@ -7,7 +7,6 @@ manager's own; all that concerns the banks is done by the engine's thread in `ac
 import threading
 import time
 from collections import Counter, OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.lora.room import Room
 from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.lora.staging import Staging
 from qwen2_jax.lora.vocab import vocab_ranks
 from qwen2_jax.types import LoRARequest
 
@@ -32,8 +32,6 @@ _OPTIONS = {
     "full_head": "max_full_vocab",
 }
 """The option that each kind of place comes from."""
-MAX_STAGED = 4
-"""Adapters that are copied to the devices at a time: each takes its size once more until it is in its pages."""
 
 
 class AdapterManager:
@@ -50,9 +48,8 @@ class AdapterManager:
         self._names: dict[int, str] = {}
         self._on_host: OrderedDict[AdapterEntry, None] = OrderedDict()
         self._resident: OrderedDict[AdapterEntry, None] = OrderedDict()
-        self._staged: list[AdapterEntry] = []
         self._waiting_since: dict[AdapterEntry, float] = {}
-        self._threads = ThreadPoolExecutor(MAX_STAGED, thread_name_prefix="qwen2_jax adapters")
+        self._staging = Staging(self._stage)
         self._stats = AdapterStats()
 
     @property
@@ -65,20 +62,22 @@ class AdapterManager:
 
         Raises `AdapterError` for one that cannot be served, and for an id that another name has.
         """
-        known = self._names.setdefault(request.lora_int_id, request.lora_name)
-        if known != request.lora_name:
-            raise AdapterError(
-                f"lora_int_id={request.lora_int_id} is the adapter {known!r}'s; give {request.lora_name!r} another"
-            )
         path = resolve_adapter(request.lora_path, token=self._token)
         signature = file_signature(path)
         with self._lock:
+            self._check_id(request)
             found = self._by_path.get(path)
-            if found is not None and found[0] == signature and not found[1].is_unloaded and found[1].error is None:
+            if found is not None and found[0] == signature and self._is_usable(found[1]):
                 return found[1]
         entry = self._register(request, path)
         with self._lock:
-            entry = self._by_digest.setdefault(entry.digest, entry)
+            self._check_id(request)
+            self._names[request.lora_int_id] = request.lora_name
+            known = self._by_digest.get(entry.digest)
+            if known is not None and self._is_usable(known):
+                known.host, known.path = known.host or entry.host, path  # the files that were read last are there
+                entry = known
+            self._by_digest[entry.digest] = entry
             self._by_path[path] = signature, entry
             self._keep_on_host(entry)
         return entry
@@ -146,12 +145,7 @@ class AdapterManager:
 
     def wait(self, seconds: float) -> None:
         """Wait until an adapter on its way has come, at most so long."""
-        pending = [entry.staged for entry in self._staged if entry.staged is not None]
-        if pending and not any(future.done() for future in pending):
-            done = threading.Event()
-            for future in pending:
-                future.add_done_callback(lambda _: done.set())
-            done.wait(seconds)
+        self._staging.wait(seconds)
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if a place is lost or someone else's, too."""
@@ -161,8 +155,18 @@ class AdapterManager:
 
     def close(self) -> None:
         """Stop the threads and let go of the device's memory."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._staging.close()
         self._placer.delete()
+
+    def _check_id(self, request: LoRARequest) -> None:
+        known = self._names.get(request.lora_int_id, request.lora_name)
+        if known != request.lora_name:
+            raise AdapterError(
+                f"lora_int_id={request.lora_int_id} is the adapter {known!r}'s; give {request.lora_name!r} another"
+            )
+
+    def _is_usable(self, entry: AdapterEntry) -> bool:
+        return not entry.is_unloaded and entry.error is None
 
     def _register(self, request: LoRARequest, path: Path) -> AdapterEntry:
         name, adapter = request.lora_name, read_adapter(path, self._base)
@@ -197,19 +201,18 @@ class AdapterManager:
 
     def _bring(self, entry: AdapterEntry) -> Admission:
         """Move an adapter one step nearer to the device."""
-        if entry.staged is None:
-            if len(self._staged) >= MAX_STAGED:
-                return Admission.LOADING
-            entry.staged = self._threads.submit(self._stage, entry)
-            self._staged.append(entry)
-        if not entry.staged.done():
+        if not self._staging.is_done(entry):
             return Admission.LOADING
-        future: Future[Any] = entry.staged
-        error = future.exception()
+        assert entry.staged is not None
+        error = entry.staged.exception()
+        if error is None and self._pinned_leave_no_room(entry):
+            error = AdapterError(
+                f"adapter {entry.request.lora_name!r} finds no room beside pinned adapters; unload one of them, or "
+                "start with a larger max_loras"
+            )
         if error is None and not self._make_room(entry):
             return Admission.FULL
-        entry.staged = None
-        self._staged.remove(entry)
+        staged = self._staging.take(entry)
         if error is not None:
             self._waiting_since.pop(entry, None)
             self._stats.num_failures += 1
@@ -218,10 +221,14 @@ class AdapterManager:
             entry.error = error
             return Admission.FAILED
         entry.places = self._room.take(entry.needs)
-        self._placer.write(entry, future.result())
+        self._placer.write(entry, staged.result())
         self._resident[entry] = None
         self._stats.num_loads += 1
         return Admission.READY
+
+    def _pinned_leave_no_room(self, entry: AdapterEntry) -> bool:
+        others = [other.needs for other in self._resident if not other.is_pinned]
+        return not self._room.fits(entry.needs, given_back=others)
 
     def _stage(self, entry: AdapterEntry) -> Staged:
         """Copy an adapter to the devices, from host memory or, where it has left that, from its files."""

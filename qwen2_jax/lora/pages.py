@@ -154,7 +154,10 @@ class PageLayout:
                 vector = _vector(adapter, layer, name, kind)
                 if vector is not None:
                     self._fill(projection, out[layer], index, vector.astype(np.float32))
-        return self._place(projection, out)
+        placed = self._place(projection, out)
+        if kind != "bias":  # padding has none
+            placed = np.where(self._place(projection, np.ones_like(out)) == 0, np.float32(np.nan), placed)
+        return placed
 
 
 def _vector(adapter: Adapter, layer: int, name: str, kind: str) -> np.ndarray | None:
