@@ -17,6 +17,7 @@ from qwen2_jax.engine.input_processor import ProcessedInput, Prompt
 from qwen2_jax.errors import ConfigError
 from qwen2_jax.llm_adapters import Adapters, LoadedLoRA, LoRARequests
 from qwen2_jax.llm_inputs import as_list, check_length, generation_defaults, normalized, read_tokenizer
+from qwen2_jax.lora.entry import AdapterStats
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import (
@@ -208,6 +209,10 @@ class LLM:
     def list_loras(self) -> list[LoadedLoRA]:
         """Return the adapters that are known, with where they are and what they change."""
         return self._adapters.list()
+
+    def lora_stats(self) -> AdapterStats:
+        """Return how many adapters are where, and counts of loads, evictions, failures and waiting time."""
+        return self._adapters.stats()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises `ConfigError` when there is none."""

@@ -7,6 +7,7 @@ manager's own; all that concerns the banks is done by the engine's thread in `ac
 import threading
 import time
 from collections import Counter, OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class AdapterManager:
         with self._lock:
             self._stats.num_registered, self._stats.num_on_host = len(self._by_digest), len(self._on_host)
         self._stats.num_resident = len(self._resident)
-        return self._stats
+        return replace(self._stats)
 
     def wait(self, seconds: float) -> None:
         """Wait until an adapter on its way has come, at most so long."""

@@ -1,0 +1,125 @@
+"""Measure tokens/s against the number of distinct adapters in a batch, and against how many are registered.
+
+    python scripts/adapter_curve.py --workload workload.py --geometry 0.5b --out adapters.json
+
+Weights are random. The adapters share one file of weights (rank 16, all seven projections) and differ in `lora_alpha`,
+so that each is another adapter with places of its own. "batch": decode steps of `--rows` rows with that many distinct
+adapters. "registered": requests whose adapters are drawn by Zipf's law from that many, of which the device holds
+`--max-loras` and the host `--max-cpu-loras`; the rest is read from disk again.
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarking.record import write_record
+
+from qwen2_jax import LLM, LoRARequest, SamplingParams
+
+DISTINCT = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+REGISTERED = (1, 8, 64, 500, 2000)
+REQUESTS, ZIPF = 512, 1.1
+PROMPT, STEPS = 64, 64
+
+
+def load_workload(path: Path) -> Any:
+    """Return the module that knows the geometries and writes models and adapters."""
+    spec = importlib.util.spec_from_file_location("workload", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_adapters(folder: Path, workload: Any, geometry: str, count: int) -> list[LoRARequest]:
+    """Write one adapter, and `count` that share its weights."""
+    workload.write_adapter(str(folder / "shared"), geometry, 16, 0)
+    config = json.loads((folder / "shared" / "adapter_config.json").read_text())
+    requests = []
+    for index in range(count):
+        path = folder / str(index)
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16 + index / 1000}))
+        (path / "adapter_model.safetensors").symlink_to(folder / "shared" / "adapter_model.safetensors")
+        requests.append(LoRARequest(f"adapter{index}", index + 1, str(path)))
+    return requests
+
+
+def run(llm: LLM, adapters: list[LoRARequest | None], new_tokens: int) -> float:
+    """Generate one row per entry of `adapters`; return the seconds that it takes."""
+    rng = np.random.default_rng(0)
+    prompts: Any = [{"prompt_token_ids": rng.integers(1000, 90000, PROMPT).tolist()} for _ in adapters]
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0.0, detokenize=False)
+    start = time.perf_counter()
+    llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def measure_batch(llm: LLM, requests: list[LoRARequest], distinct: int, rows: int) -> dict[str, Any]:
+    """Time decode steps of `rows` rows with `distinct` adapters."""
+    adapters = [requests[row % distinct] if distinct else None for row in range(rows)]
+    run(llm, adapters, 2)
+    short, long = (min(run(llm, adapters, steps) for _ in range(2)) for steps in (8, 8 + STEPS))
+    step = (long - short) / STEPS
+    return {"kind": "batch", "adapters": distinct, "step_ms": round(step * 1e3, 3), "tokens/s": round(rows / step, 1)}
+
+
+def measure_registered(llm: LLM, requests: list[LoRARequest], registered: int) -> dict[str, Any]:
+    """Serve requests whose adapters are drawn by Zipf's law from the first `registered`."""
+    rng = np.random.default_rng(registered)
+    shares = 1 / np.arange(1, registered + 1) ** ZIPF
+    drawn = rng.choice(registered, REQUESTS, p=shares / shares.sum())
+    seconds = run(llm, [requests[index] for index in drawn], STEPS)
+    stats = llm.lora_stats()
+    row = {"kind": "registered", "adapters": registered, "distinct": len(set(drawn.tolist()))}
+    rate = round(REQUESTS * STEPS / seconds, 1)
+    return row | {"tokens/s": rate, "loads": stats.num_loads, "evictions": stats.num_evictions}
+
+
+def main() -> None:
+    """Measure both curves and write a record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", type=Path, default=Path(__file__).parent / "workload.py")
+    parser.add_argument("--geometry", default="0.5b")
+    parser.add_argument("--rows", type=int, default=256, help="rows of a batch")
+    parser.add_argument("--max-loras", type=int, default=256)
+    parser.add_argument("--max-cpu-loras", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    workload = load_workload(arguments.workload)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        workload.write_model(str(model), arguments.geometry)
+        requests = write_adapters(Path(folder), workload, arguments.geometry, max(REGISTERED))
+        llm = LLM(
+            str(model),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=1024,
+            max_num_seqs=arguments.rows,
+            max_num_batched_tokens=2048,
+            enable_prefix_caching=False,
+            enable_lora=True,
+            max_loras=arguments.max_loras,
+            max_lora_rank=16,
+            max_cpu_loras=arguments.max_cpu_loras,
+        )
+        rows = []
+        for distinct in (count for count in DISTINCT if count <= min(arguments.rows, arguments.max_loras)):
+            rows.append(measure_batch(llm, requests, distinct, arguments.rows))
+            print(json.dumps(rows[-1]), flush=True)
+        for registered in REGISTERED:
+            rows.append(measure_registered(llm, requests, registered))
+            print(json.dumps(rows[-1]), flush=True)
+        llm.shutdown()
+    write_record(arguments.out, rows, geometry=arguments.geometry, rows_per_batch=arguments.rows)
+
+
+if __name__ == "__main__":
+    main()
