@@ -1,5 +1,6 @@
 """The device's banks of adapters: their allocation and the programs that write an adapter into them."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,8 +44,19 @@ class DeviceBanks:
         max_pages: int,
     ) -> None:
         """Allocate `num_pages` pages and `num_vectors` rows of vectors; an adapter has at most `max_pages`."""
-        self._graphdef, self._params, self._mesh = graphdef, params, mesh
-        self._max_pages = max_pages
+        self._mesh, self._max_pages = mesh, max_pages
+        layers = nnx.merge(graphdef, params).model.layers
+        self._weights = [
+            {
+                "qkv": layer.self_attn.qkv_proj.kernel[...],
+                "bias": layer.self_attn.qkv_proj.bias[...],
+                "o": layer.self_attn.o_proj.kernel[...],
+                "gate_up": layer.mlp.gate_up_proj.kernel[...],
+                "down": layer.mlp.down_proj.kernel[...],
+            }
+            for layer in layers
+        ]
+        self._layers = [self._index(layer) for layer in range(config.num_hidden_layers)]
         tp = mesh.shape[TP]
         self._specs = bank_specs()
         layer = jax.tree.map(partial(NamedSharding, mesh), self._specs, is_leaf=lambda leaf: isinstance(leaf, P))
@@ -55,16 +67,16 @@ class DeviceBanks:
         self._num_layers = config.num_hidden_layers
 
     def compile(self) -> None:
-        """Compile the writing programs."""
-        banks, index = jax.tree.map(_spec, self.banks), self._struct((), jnp.int32, P())
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, banks)
+        """Compile the writing programs, of one layer each: all layers are alike."""
+        layer = jax.tree.map(_spec, self.banks[0])
+        index, shardings = self._struct((), jnp.int32, P()), jax.tree.map(lambda leaf: leaf.sharding, layer)
         pages = self._struct((self._max_pages,), jnp.int32, P())
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
             write_page = jax.jit(_write_page, donate_argnums=0, out_shardings=shardings)
-            self._write_page = write_page.lower(banks, index, self._page_structs()).compile()
-            write = jax.jit(partial(_write_vectors, self._graphdef), donate_argnums=1, out_shardings=shardings)
-            params = jax.tree.map(_spec, self._params)
-            self._write_vectors = write.lower(params, banks, pages, index, self._vector_structs()).compile()
+            self._write_page = write_page.lower(layer, index, index, self._page_structs()).compile()
+            write = jax.jit(_write_vectors, donate_argnums=0, out_shardings=shardings)
+            weights = jax.tree.map(_spec, self._weights[0])
+            self._write_vectors = write.lower(layer, weights, pages, index, index, self._vector_structs()).compile()
 
     def place_page(self, page: Page) -> Placed:
         """Start to copy a page to the devices; nothing waits for it until it is written."""
@@ -78,14 +90,20 @@ class DeviceBanks:
 
     def write_page(self, page: int, placed: Placed) -> None:
         """Write page `page`."""
-        self.banks = self._write_page(self.banks, self._index(page), placed)
+        place = self._index(page)
+        self.banks = tuple(
+            self._write_page(bank, place, layer, placed) for bank, layer in zip(self.banks, self._layers, strict=True)
+        )
 
     def write_vectors(self, pages: list[int], row: int, placed: Placed) -> None:
         """Write row `row` of vectors of the adapter in `pages`, whose second factors get their magnitudes."""
         listed = np.full(self._max_pages, -1, np.int32)
         listed[: len(pages)] = pages
-        listed_array = jax.device_put(listed, NamedSharding(self._mesh, P()))
-        self.banks = self._write_vectors(self._params, self.banks, listed_array, self._index(row), placed)
+        numbers = jax.device_put(listed, NamedSharding(self._mesh, P())), self._index(row)
+        self.banks = tuple(
+            self._write_vectors(bank, weights, *numbers, layer, placed)
+            for bank, weights, layer in zip(self.banks, self._weights, self._layers, strict=True)
+        )
 
     def _page_structs(self) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
         """By projection a page's two factors and their scaling, all layers stacked; see `pages.Factors`."""
@@ -126,50 +144,43 @@ def _put(array: np.ndarray, struct: jax.ShapeDtypeStruct) -> Array:
     return jax.device_put(array, struct.sharding)
 
 
-def _write_page(banks: Layers, page: Int[Array, ""], placed: Placed) -> Layers:
-    def write(layer: int, name: str) -> ProjectionBanks:
-        bank: ProjectionBanks = getattr(banks[layer], name)
-        a, b, scaling = (part[layer] for part in placed[name])
+def _write_page(bank: LayerBanks, page: Int[Array, ""], layer: Int[Array, ""], placed: Placed) -> LayerBanks:
+    def write(name: str) -> ProjectionBanks:
+        old: ProjectionBanks = getattr(bank, name)
+        a, b, scaling = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in placed[name])
         b = jnp.moveaxis(b.astype(jnp.float32) * scaling, -1, 0)
-        return ProjectionBanks(
-            a=_set_row(bank.a, page, a), b=_set_row(bank.b, page, b), bias=bank.bias, scale=bank.scale
-        )
+        return replace(old, a=_set_row(old.a, page, a), b=_set_row(old.b, page, b))
 
-    return tuple(LayerBanks(**{name: write(layer, name) for name in PROJECTIONS}) for layer in range(len(banks)))
+    return LayerBanks(**{name: write(name) for name in PROJECTIONS})
 
 
 def _write_vectors(
-    graphdef: nnx.GraphDef,
-    params: dict[str, Any],
-    banks: Layers,
+    bank: LayerBanks,
+    weights: dict[str, Array],
     pages: Int[Array, " M"],
     row: Int[Array, ""],
+    layer: Int[Array, ""],
     placed: Placed,
-) -> Layers:
-    model = nnx.merge(graphdef, params).model
+) -> LayerBanks:
+    def of_layer(part: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)
 
-    def write(layer: int, name: str) -> ProjectionBanks:
-        bank: ProjectionBanks = getattr(banks[layer], name)
-        block = model.layers[layer]
-        parts = {"qkv": block.self_attn.qkv_proj, "o": block.self_attn.o_proj}
-        parts |= {"gate_up": block.mlp.gate_up_proj, "down": block.mlp.down_proj}
-        bias, magnitude = (placed[kind][name][layer] for kind in ("bias", "magnitude"))
+    def write(name: str) -> ProjectionBanks:
+        old: ProjectionBanks = getattr(bank, name)
+        bias, magnitude = (of_layer(placed[kind][name]) for kind in ("bias", "magnitude"))
         if name == "qkv":
-            own, other = parts[name].bias[...].astype(jnp.float32), placed["replaced_bias"][layer]
+            own, other = weights["bias"].astype(jnp.float32), of_layer(placed["replaced_bias"])
             bias = bias + jnp.where(jnp.isnan(other), 0.0, other - own)
-        norm = _row_norms(parts[name].kernel[...], bank, pages, name)
-        scale = jnp.where(jnp.isnan(magnitude), 1.0, magnitude / norm)
-        b = bank.b
+        scale = jnp.where(jnp.isnan(magnitude), 1.0, magnitude / _row_norms(weights[name], old, pages, name))
+        b = old.b
         for index in range(pages.shape[0]):
             page = jnp.maximum(pages[index], 0)
-            old = jax.lax.dynamic_index_in_dim(b, page, keepdims=False)
-            new = (old.astype(jnp.float32) * scale[None]).astype(b.dtype)
-            b = _set_row(b, page, jnp.where(pages[index] < 0, old, new))
-        return ProjectionBanks(
-            a=bank.a, b=b, bias=_set_row(bank.bias, row, bias), scale=_set_row(bank.scale, row, scale)
-        )
+            before = jax.lax.dynamic_index_in_dim(b, page, keepdims=False)
+            after = (before.astype(jnp.float32) * scale[None]).astype(b.dtype)
+            b = _set_row(b, page, jnp.where(pages[index] < 0, before, after))
+        return replace(old, b=b, bias=_set_row(old.bias, row, bias), scale=_set_row(old.scale, row, scale))
 
-    return tuple(LayerBanks(**{name: write(layer, name) for name in PROJECTIONS}) for layer in range(len(banks)))
+    return LayerBanks(**{name: write(name) for name in PROJECTIONS})
 
 
 def _row_norms(
