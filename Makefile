@@ -2,20 +2,27 @@
 # PYTHON=/path/to/python chooses the interpreter that .venv is made with (`make clean` first to change it).
 PYTHON :=
 RUN := .venv/bin/python
+ADAPTERS := pirate json one-word
 
 .NOTPARALLEL:
-.PHONY: help demo test lint types format lock clean
+.PHONY: help demo train-demo test lint types format lock clean
 
 help:
-	@echo 'make demo    chat with the embedded model (SmolLM2) in the terminal'
-	@echo 'make test    lint, formatting, types and tests'
-	@echo 'make lint    lint and formatting alone'
-	@echo 'make format  apply the formatter and the fixes that ruff knows'
-	@echo 'make lock    resolve the locked versions in requirements/ again'
-	@echo 'make clean   remove .venv and every cache'
+	@echo 'make demo        ask the embedded model (SmolLM2) and three adapters of it the same questions in the terminal'
+	@echo 'make train-demo  train these adapters again (minutes each, on the CPU)'
+	@echo 'make test        lint, formatting, types and tests'
+	@echo 'make lint        lint and formatting alone'
+	@echo 'make format      apply the formatter and the fixes that ruff knows'
+	@echo 'make lock        resolve the locked versions in requirements/ again'
+	@echo 'make clean       remove .venv and every cache'
 
 demo: .venv/demo.stamp
 	@$(RUN) scripts/demo.py
+
+train-demo: .venv/dev.stamp
+	@for name in $(ADAPTERS); do \
+		$(RUN) scripts/train_lora.py --model smollm2 --data scripts/data/$$name.json --out demo/adapters/$$name || exit 1; \
+	done
 
 test: lint types
 	@$(RUN) -m pytest

@@ -1,4 +1,4 @@
-"""The command line: `qwen2-jax generate | chat | embed | convert`. It only talks to `LLM`, and imports it late.
+"""The command line: `qwen2-jax generate | chat | embed | convert | merge`. It imports what does the work late.
 
 Answers go to standard output; progress, speed and errors to standard error, where a mistake is one line (exit code 2).
 """
@@ -10,10 +10,11 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qwen2_jax
-from qwen2_jax.cli_options import COMMANDS, ENGINE_OPTIONS, SAMPLING_OPTIONS, parse
+from qwen2_jax.cli_options import COMMANDS, ENGINE_OPTIONS, MERGE_OPTIONS, SAMPLING_OPTIONS, parse
 from qwen2_jax.errors import ConfigError, Qwen2JaxError, RequestError, nearest
 from qwen2_jax.types import RequestOutput, SamplingParams
 
@@ -152,6 +153,36 @@ def _convert(args: Namespace) -> None:
     convert(source, destination, **_given(args, ENGINE_OPTIONS))
 
 
+def _merge(args: Namespace) -> None:
+    model, rest = _split_model(args)
+    if rest:
+        raise ConfigError(f"merge takes a model and nothing after it, not {rest[0]!r}; --adapter names an adapter")
+    for name, advice in (("adapter", "PATH or PATH:WEIGHT, once for each adapter"), ("out", "a new folder")):
+        if name not in args:
+            raise ConfigError(f"merge needs --{name}: {advice}")
+    adapters = [_split_weight(text) for text in args.adapter]
+    from qwen2_jax.lora.merge_folders import merge_folders
+    from qwen2_jax.lora.merge_methods import MergeOptions
+
+    options = MergeOptions(**_given(args, MERGE_OPTIONS))
+    given = _given(args, ("checkpoint", "revision", "hf_token"))
+    merged = merge_folders(model, adapters, args.out, options, use_tqdm=True, **given)
+    size = f"{merged.adapter.num_modules} modules of rank {merged.adapter.max_rank} or less"
+    print(f"[{size}, largest relative error {merged.largest_error:.2g}]", file=sys.stderr)
+    print(args.out)
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    """Split `PATH:WEIGHT`; a path that exists is one as a whole."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise ConfigError(f"--adapter {text!r}: {weight!r} is not a number; write PATH or PATH:WEIGHT") from None
+
+
 def _chat(args: Namespace) -> None:
     model, rest = _split_model(args)
     if rest:
@@ -199,4 +230,5 @@ _RUN: Mapping[str, Callable[[Namespace], None]] = {
     "chat": _chat,
     "embed": _embed,
     "convert": _convert,
+    "merge": _merge,
 }

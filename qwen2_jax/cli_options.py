@@ -71,6 +71,16 @@ SAMPLING_OPTIONS: Options = {
 """Fields of `SamplingParams`."""
 
 
+MERGE_OPTIONS: Options = {
+    "method": {"help": "linear, ties, dare_linear, dare_ties or magnitude_prune"},
+    "density": {"type": float, "metavar": "SHARE", "help": "share of entries that all methods but linear keep"},
+    "majority_sign_method": {"metavar": "HOW", "help": "total or frequency: which sign prevails in ties and dare_ties"},
+    "seed": {"type": int, "help": "what dare_linear and dare_ties draw from"},
+    "rank": {"type": int, "metavar": "R", "help": "most that a module may have; without it, the sum of the ranks"},
+}
+"""Fields of `MergeOptions`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """What one command takes."""
@@ -123,6 +133,24 @@ COMMANDS: Mapping[str, Command] = {
         help="write a model as an Orbax checkpoint with its config and tokenizer",
         own_options={},
         shared_options={"source": {name: ENGINE_OPTIONS[name] for name in ("revision", "hf_token", "dtype")}},
+    ),
+    "merge": Command(
+        usage="MODEL --adapter PATH[:WEIGHT] ... --out FOLDER",
+        help="write LoRA adapters of a model as one adapter, or merged into a checkpoint of it",
+        own_options=_MODEL
+        | {
+            "adapter": {
+                "action": "append",
+                "metavar": "PATH[:WEIGHT]",
+                "help": "folder or hub id, and what multiplies its update (1); may be repeated",
+            },
+            "out": {"metavar": "FOLDER", "help": "the new folder to write"},
+            "checkpoint": {"action": "store_true", "help": "write the whole model with the merge in its weights"},
+        },
+        shared_options={
+            "merging": MERGE_OPTIONS,
+            "source": {name: ENGINE_OPTIONS[name] for name in ("revision", "hf_token")},
+        },
     ),
 }
 """Every command by name."""

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import pytest
 
 from qwen2_jax.cli import DEFAULT_MAX_TOKENS, main
-from qwen2_jax.cli_options import COMMANDS, SAMPLING_OPTIONS, parse
+from qwen2_jax.cli_options import COMMANDS, MERGE_OPTIONS, SAMPLING_OPTIONS, parse
 from qwen2_jax.errors import CheckpointError, RequestError
+from qwen2_jax.lora.merge_methods import MergeOptions
 from qwen2_jax.types import (
     CompletionOutput,
     EmbeddingOutput,
@@ -21,6 +22,8 @@ from qwen2_jax.types import (
     RequestOutput,
     SamplingParams,
 )
+
+UNTIED = str(Path(__file__).parent / "golden" / "untied")
 
 
 class FakeLLM:
@@ -208,6 +211,13 @@ def test_convert_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["generate", "missing", "a"], "missing is neither a folder nor a model on the hub"),
         (["chat", "model", "hello"], "chat takes a model and nothing after it, not 'hello'"),
         (["convert", "model"], "convert takes SOURCE and DESTINATION, not 1 arguments"),
+        (["merge", "model", "adapter"], "merge takes a model and nothing after it, not 'adapter'; --adapter names"),
+        (["merge", "model", "--out", "new"], "merge needs --adapter: PATH or PATH:WEIGHT"),
+        (["merge", "model", "--adapter", "a"], "merge needs --out: a new folder"),
+        (["merge", "model", "--adapter", "a:half", "--out", "new"], "--adapter 'a:half': 'half' is not a number"),
+        (["merge", "model", "--adapter", "a", "--out", "new", "--method", "tie"], "method='tie' is unknown"),
+        (["merge", "model", "--adapter", "a", "--out", "new", "--method", "ties"], "method='ties' needs density"),
+        (["merge", UNTIED, "--adapter", "./a:0.5", "--out", "new"], "there is no adapter './a'"),
     ],
 )
 def test_mistake_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,5 +261,6 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(out.count(f"  {name} ") == 2 for name in COMMANDS)
 
 
-def test_sampling_options_are_sampling_parameters() -> None:
+def test_options_are_fields_of_what_they_are_for() -> None:
     assert SAMPLING_OPTIONS.keys() <= {field.name for field in fields(SamplingParams)}
+    assert MERGE_OPTIONS.keys() == {field.name for field in fields(MergeOptions)}

@@ -1,4 +1,4 @@
-"""The measuring scripts without a GPU: what they time, what they count as a failure, and when they stop."""
+"""The scripts without a GPU: what they time, what they count as a failure, when they stop, and what the demo shows."""
 
 import json
 import sys
@@ -9,7 +9,12 @@ import pytest
 from benchmarking.record import make_record, write_record
 from qwen2_kernels.specs import QWEN2_5
 
-from scripts import accuracy, check_golden, workload, yardstick
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.lora.files import WEIGHTS
+from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.models.hub import resolve
+from qwen2_jax.models.weights import open_checkpoint
+from scripts import accuracy, check_golden, demo, workload, yardstick
 from scripts.gpu_check import Runner
 
 ROWS = [
@@ -111,3 +116,27 @@ def test_commands_stop_with_their_part(tmp_path: Path) -> None:
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     result = Runner(tmp_path, 1).python("slow", "-c", program)
     assert result.seconds < 30 and result.failures[0].startswith("slow: stopped, its time was over")
+
+
+def test_the_demo_shows_answers_side_by_side() -> None:
+    answers = {
+        "base": "The capital is Paris.",
+        "pirate": "Arr, 'tis Paris, ye scurvy dog!",
+        "json": "{}",
+        "one-word": "",
+    }
+    lines = demo.columns(answers, 61).splitlines()
+    assert max(map(len, lines)) <= 61
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert cells[0] == list(answers)
+    assert [" ".join(column).strip() for column in zip(*cells[2:], strict=True)] == list(answers.values())
+    assert len(demo.columns(answers, 1).splitlines()[0]) > 1
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_the_adapters_of_the_demo_are_small_and_fit_its_model(name: str) -> None:
+    assert (demo.ADAPTERS / name / WEIGHTS).stat().st_size <= 2_000_000
+    base = ModelConfig.from_hf(open_checkpoint(resolve("smollm2")).config)
+    adapter = read_adapter(demo.ADAPTERS / name, base)
+    assert {layer for layer, _ in adapter.linear} == set(range(base.num_hidden_layers))
+    assert 0 < adapter.max_rank <= demo.MAX_RANK

@@ -40,7 +40,7 @@ def lora_case(
     weights = 2 * pages_used * RANKS * (num_slices * size + int(np.prod(columns)))
     activations = 2 * bench.tokens * (size + outputs + is_gated * 2 * outputs)
     arrays = num_arrays(weights + activations, least=2)
-    calls = num_calls(weights + activations, least=2, most=24)
+    calls = num_calls(weights + activations, least=2)
 
     def make(seed: Array) -> tuple[Any, ...]:
         results = [jnp.zeros((bench.tokens, outputs), jnp.bfloat16) for _ in range(calls)]

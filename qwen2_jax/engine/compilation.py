@@ -37,11 +37,18 @@ class ProgramSpec:
     """`jax.default_matmul_precision`; None lets a GPU multiply float32 in TF32."""
 
 
+_LOWERING = threading.Lock()
+"""Lowering is Python, which runs in one thread at a time anyway; beside one another, threads would each compile the Triton
+kernels that the programs share, for jax-triton's cache knows only those that are done."""
+
+
 def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
     """Compile one program under `mesh`."""
     with jax.set_mesh(mesh), jax.default_matmul_precision(spec.matmul_precision):
         jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
-        return jitted.lower(*spec.arguments).compile(_GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None)
+        with _LOWERING:
+            lowered = jitted.lower(*spec.arguments)
+        return lowered.compile(_GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None)
 
 
 def compile_programs[K](

@@ -163,6 +163,7 @@ class GroupOutput:
         self.sent_prompt_logprobs = True
         return RequestOutput(
             request_id=source.request_id,
+            lora_request=None if request.adapter is None else request.adapter.request,
             prompt=source.prompt,
             prompt_token_ids=request.prompt_token_ids,
             prompt_logprobs=_as_asked(self.prompt_logprobs, params) if wants_prompt else None,

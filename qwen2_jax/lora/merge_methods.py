@@ -31,13 +31,13 @@ class MergeOptions:
     """
 
     method: Method = "linear"
-    """`linear`: the weighted sum. `magnitude_prune`: that of each delta's largest entries. `dare_linear`: that of random
-    entries, scaled up by `1 / density`. `ties` and `dare_ties`: of what either of these leaves, each entry takes the
-    sign that prevails, and the mean of the weighted entries with that sign."""
+    """`linear`: the weighted sum. `magnitude_prune`: that of each delta's largest entries. `dare_linear`: that of
+    random entries, scaled up by `1 / density`. `ties` and `dare_ties`: of what either of these leaves, each entry takes
+    the sign that prevails, and the mean of the weighted entries with that sign."""
     density: float | None = None
     """The share of a delta's entries that is kept, in (0, 1]; needed by all methods but `linear`."""
     majority_sign_method: MajoritySign | None = None
-    """Which sign prevails in `ties` and `dare_ties`: that of the sum (`total`, the default) or the more frequent one."""
+    """Which sign prevails in `ties` and `dare_ties`: the sum's (`total`, also for None) or the more frequent."""
     seed: int | None = None
     """What `dare_linear` and `dare_ties` draw from; None is 0."""
     rank: int | None = None
@@ -55,7 +55,9 @@ class MergeOptions:
             raise self._useless("majority_sign_method", _ELECTING)
         if self.seed is not None and self.method not in _DRAWING:
             raise self._useless("seed", _DRAWING)
-        if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
+        if self.seed is not None and not _is_int(self.seed):
+            raise AdapterError(f"seed={self.seed!r} is not an integer")
+        if self.rank is not None and (not _is_int(self.rank) or self.rank < 1):
             raise AdapterError(f"rank={self.rank!r} is not a positive integer; leave it out for the sum of the ranks")
 
     def _check_density(self) -> None:
@@ -64,8 +66,10 @@ class MergeOptions:
             if self.density is not None:
                 raise self._useless("density", pruning)
         elif self.density is None:
-            raise AdapterError(f"method={self.method!r} needs density, the share of entries to keep: in (0, 1], say 0.5")
-        elif not 0 < self.density <= 1:
+            raise AdapterError(
+                f"method={self.method!r} needs density, the share of entries to keep: in (0, 1], say 0.5"
+            )
+        elif isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise AdapterError(f"density={self.density!r} is not in (0, 1]; it is the share of entries to keep")
 
     def _useless(self, field: str, methods: tuple[Method, ...]) -> AdapterError:
@@ -73,6 +77,10 @@ class MergeOptions:
             f"{field}={getattr(self, field)!r} has no effect with method={self.method!r}; leave it out, or use "
             f"{' or '.join(methods)}"
         )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def combine(

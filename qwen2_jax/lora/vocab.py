@@ -253,7 +253,7 @@ def _multiplied(bank: Float[Array, "P R N"], pages: Int[Array, " M"], scale: Flo
     for index in range(pages.shape[0]):
         page = jnp.maximum(pages[index], 0)
         old = jax.lax.dynamic_index_in_dim(bank, page, keepdims=False)
-        new = (old.astype(jnp.float32) * scale).astype(bank.dtype)
+        new = (old.astype(jnp.float32) * scale[None]).astype(bank.dtype)
         bank = _set_row(bank, page, jnp.where(pages[index] < 0, old, new))
     return bank
 

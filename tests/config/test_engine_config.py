@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from qwen2_jax.config import CacheConfig, EngineConfig, LoadConfig, ModelConfig, ResolvedConfig, split_options
+from qwen2_jax.config import (
+    CacheConfig,
+    EngineConfig,
+    LoadConfig,
+    LoRAConfig,
+    ModelConfig,
+    ResolvedConfig,
+    split_options,
+)
 from qwen2_jax.errors import ConfigError
 
 MODEL: dict[str, Any] = {
@@ -74,9 +82,9 @@ def test_a_wrong_value_is_named(option: str, value: Any, message: str) -> None:
 
 def test_every_option_is_checked() -> None:
     """An object that no option can be is refused whichever takes it."""
-    for config in (LoadConfig, CacheConfig, EngineConfig):
+    for config in (LoadConfig, CacheConfig, LoRAConfig, EngineConfig):
         for field in dataclasses.fields(config):
-            if field.name != "cache":
+            if field.name not in ("cache", "lora"):
                 with pytest.raises(ConfigError, match=rf"^{field.name}=\[None\] is not"):
                     split_options({field.name: [None]})
 
@@ -96,18 +104,15 @@ def test_an_unknown_option_names_the_nearest(typo: str, known: str) -> None:
         split_options({typo: 1})
 
 
-def test_the_cache_is_given_by_its_options() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'cache'"):
-        split_options({"cache": CacheConfig()})
+@pytest.mark.parametrize("name, part", [("cache", CacheConfig()), ("lora", LoRAConfig())])
+def test_a_part_is_given_by_its_options(name: str, part: CacheConfig | LoRAConfig) -> None:
+    with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
+        split_options({name: part})
 
 
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("enable_lora", True, "enable_lora=True is refused: LoRA adapters are not served yet"),
-        ("max_loras", 4, "max_loras=4 is refused: LoRA"),
-        ("max_lora_rank", 16, "max_lora_rank=16 is refused: LoRA"),
-        ("max_cpu_loras", 8, "max_cpu_loras=8 is refused: LoRA"),
         ("quantization", "awq", "quantization='awq' is refused: quantised weights"),
         ("speculative_config", {"model": "x"}, r"speculative_config={'model': 'x'} is refused: speculative"),
         ("pipeline_parallel_size", 2, "pipeline_parallel_size=2 is refused: .* use tensor_parallel_size"),

@@ -1,14 +1,17 @@
-"""A tiny tokenizer and model for the tests of what goes into the engine and what comes out."""
+"""A tiny tokenizer and model, and random adapters, for the tests of what goes into the engine and what comes out."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from qwen2_jax.config import EngineConfig, ModelConfig
 from qwen2_jax.engine.input_processor import InputProcessor, ProcessedInput, Prompt
+from qwen2_jax.lora.keys import ATTENTION, MLP
+from qwen2_jax.lora.targets import targets
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import SamplingParams
 
@@ -67,3 +70,22 @@ def make_processor(
 
 def generation(prompt: Prompt = "hi", processor: InputProcessor | None = None, **params: Any) -> ProcessedInput:
     return (processor or make_processor()).generation("r", prompt, SamplingParams(**params))
+
+
+def adapter_tensors(
+    config: ModelConfig, *, seed: int, rank: int, extra: Literal["magnitude", "bias"] | None = None
+) -> dict[str, np.ndarray]:
+    """Random tensors of a PEFT adapter for every projection, with magnitudes or with biases of B if asked for."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for layer in range(config.num_hidden_layers):
+        for name in (*ATTENTION, *MLP):
+            target = targets(config)[name]
+            block = "self_attn" if name in ATTENTION else "mlp"
+            path = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            tensors[f"{path}.lora_A.weight"] = rng.normal(0, 0.2, (rank, target.in_features))
+            tensors[f"{path}.lora_B.weight"] = rng.normal(0, 0.2, (target.out_features, rank))
+            if extra == "magnitude":
+                tensors[f"{path}.lora_magnitude_vector"] = rng.uniform(0.5, 1.5, target.out_features)
+            if extra == "bias":
+                tensors[f"{path}.lora_B.bias"] = rng.normal(0, 0.2, target.out_features)
+    return {name: array.astype(np.float32) for name, array in tensors.items()}

@@ -1,23 +1,59 @@
-"""Short words for the scheduler's tests: a small scheduler, small requests, and one call after another."""
+"""Short words for the scheduler's tests: a small scheduler, small requests, adapters, and one call after another."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from qwen2_jax.engine.request import Request
-from qwen2_jax.engine.schedule import SchedulerConfig, SchedulerOutput
+from qwen2_jax.engine.schedule import AdapterGate, SchedulerConfig, SchedulerOutput
 from qwen2_jax.engine.scheduler import Scheduler
-from qwen2_jax.types import SamplingParams
+from qwen2_jax.lora.entry import AdapterEntry, Admission
+from qwen2_jax.models.adapters import PageUse, TokenGroup
+from qwen2_jax.types import LoRARequest, SamplingParams
 
 EOS = 0
 
 
-def make_scheduler(num_blocks: int = 100, **changes: Any) -> Scheduler:
+class Gate:
+    """Room for so many adapters; those in `loading` are on their way, and those in `failed` cannot come."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.loading: set[AdapterEntry] = set()
+        self.failed: set[AdapterEntry] = set()
+        self.uses: Counter[AdapterEntry] = Counter()
+
+    def acquire(self, entry: AdapterEntry) -> Admission:
+        if entry in self.failed:
+            return Admission.FAILED
+        if entry in self.loading:
+            return Admission.LOADING
+        if not self.uses[entry] and len(+self.uses) >= self.room:
+            return Admission.FULL
+        self.uses[entry] += 1
+        return Admission.READY
+
+    def release(self, entry: AdapterEntry) -> None:
+        self.uses[entry] -= 1
+        assert self.uses[entry] >= 0
+
+
+def make_entry(name: str, *pages: int, vector: int = -1) -> AdapterEntry:
+    """An adapter in these pages of the devices and this row of vectors; without either it is not there."""
+    request, uses = LoRARequest(name, 1, name), tuple(PageUse(page=page, modules=5) for page in pages)
+    entry = AdapterEntry(request=request, path=Path(name), digest=name, needs={}, nbytes=0, applied=Counter())
+    entry.group = TokenGroup(pages=uses, vector=vector) if pages or vector >= 0 else None
+    return entry
+
+
+def make_scheduler(num_blocks: int = 100, gate: AdapterGate | None = None, **changes: Any) -> Scheduler:
     options: dict[str, Any] = {
         "max_num_seqs": 4,
         "max_num_batched_tokens": 16,
         "max_model_len": 64,
         "block_size": 4,
     } | changes
-    return Scheduler(SchedulerConfig(**options), num_blocks)
+    return Scheduler(SchedulerConfig(**options), num_blocks, gate)
 
 
 def make_request(name: str, prompt: int | list[int], max_tokens: int | None = 8, **options: Any) -> Request:

@@ -7,10 +7,23 @@ import pytest
 
 from qwen2_jax.config import EngineConfig, ResolvedConfig
 from qwen2_jax.engine.batch_builder import BatchBuilder
+from qwen2_jax.engine.program_specs import step_lora
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
-from qwen2_jax.engine.step_inputs import NOWHERE, Layout, allocate, decode_layout, prefill_layout, sample_layout
+from qwen2_jax.engine.step_inputs import (
+    NOWHERE,
+    Layout,
+    allocate,
+    decode_layout,
+    packed_size,
+    prefill_layout,
+    sample_layout,
+)
+from qwen2_jax.lora.entry import AdapterEntry
+from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.models.adapters import TokenGroup, build_lora_tables
 from qwen2_jax.types import SamplingParams
+from tests.engine.scheduling import make_entry
 
 CONFIG = ResolvedConfig(
     config=EngineConfig(),
@@ -24,6 +37,10 @@ CONFIG = ResolvedConfig(
     smallest_prefill=8,
     decode_growth=2,
 )
+LORA = LoRASizes(
+    num_pages=4, num_vectors=2, max_pages=2, max_rank=32, max_on_host=9,
+    num_vocab_pages=1, num_vocab_vectors=1, num_full_vocab=0,
+)  # fmt: skip
 SPARE = 4  # the row of state that padding reads
 BLOCKS = 6
 
@@ -245,3 +262,38 @@ def test_padding_asks_for_nothing() -> None:
     _, found = decode(builder, scheduled(*((request, 0, 1, True) for request in rows), is_decode=True))
     plain = {"temperature": 0, "top_p": 1, "repetition_penalty": 1, "num_logprobs": -1, "has_logit_bias": 0, "top_k": 0}
     assert {name: found[name][3] for name in plain} == plain
+
+
+def check_adapters(packed: np.ndarray, layout: Layout, token_groups: list[int], *groups: AdapterEntry) -> None:
+    """Compare a call's tables with those of these groups, whose index each token has."""
+    found, size = unpacked(packed, layout), layout["token_order"].shape[0]
+    padded = np.array(token_groups + [-1] * (size - len(token_groups)))
+    expected = build_lora_tables(padded, [entry.group or TokenGroup() for entry in groups], LORA.tables(size, 4))
+    assert {name: found[name] for name in expected} == {name: table.tolist() for name, table in expected.items()}
+    vectors = [*(entry.group.vector for entry in groups if entry.group is not None), -1]
+    assert found["scale_rows"] == [vectors[group] for group in padded]
+
+
+def test_tokens_are_grouped_by_their_adapters() -> None:
+    first, second, bias = make_entry("a", 2, 0), make_entry("b", 3, vector=1), make_entry("c", vector=0)
+    requests = [make_request(row, [5] * 9, [row + 1, 5, 6]) for row in range(4)]
+    for request, entry in zip(requests, (first, None, second, first), strict=True):
+        request.adapter = entry
+    builder = BatchBuilder(CONFIG, LORA)
+    admit(builder, *requests)
+    _, packed = builder.decode(scheduled(*((request, 8, 1, True) for request in requests), is_decode=True))
+    check_adapters(packed, decode_layout(4, BLOCKS, step_lora(LORA, 4, 4)), [0, -1, 1, 0], first, second)
+    requests[3].adapter = bias
+    rows = [(request, 0, count, True) for request, count in zip(requests[::-1], (1, 2, 9, 6), strict=True)]
+    _, packed = builder.prefill(scheduled(*rows))
+    layout = prefill_layout(32, 4, BLOCKS, step_lora(LORA, 32, 4))
+    check_adapters(packed, layout, [0] + [1] * 2 + [-1] * 9 + [2] * 6, bias, second, first)
+
+
+def test_a_call_without_adapters_carries_none() -> None:
+    requests = [make_request(row, [5], [row + 1]) for row in range(2)]
+    builder = BatchBuilder(CONFIG, LORA)
+    admit(builder, *requests)
+    output = scheduled(*((request, 0, 1, True) for request in requests), is_decode=True)
+    assert len(builder.decode(output)[1]) == packed_size(decode_layout(2, BLOCKS))
+    assert len(builder.prefill(output)[1]) == packed_size(prefill_layout(8, 4, BLOCKS))

@@ -9,6 +9,7 @@ from qwen2_jax.engine.step_inputs import (
     SAMPLING_INTS,
     Field,
     Layout,
+    StepLoRA,
     allocate,
     decode_layout,
     packed_size,
@@ -17,11 +18,14 @@ from qwen2_jax.engine.step_inputs import (
     sampling_layout,
     unpack,
 )
+from qwen2_jax.models.adapters import table_sizes
 
+LORA = StepLoRA(tables=table_sizes(16, max_groups=3, max_pages=2), vocab=table_sizes(16, max_groups=1, max_pages=2))
 LAYOUTS = {
     "decode": decode_layout(3, 5),
     "prefill": prefill_layout(16, 3, 5),
     "sample": sample_layout(3),
+    "adapters": prefill_layout(16, 3, 5, LORA),
     "small": {"scalar": Field(()), "empty": Field((0,)), "table": Field((2, 3)), "floats": Field((4,), is_float=True)},
 }
 
@@ -76,3 +80,10 @@ def test_both_layouts_carry_what_the_sampler_needs() -> None:
     for name in ("decode", "prefill"):
         assert LAYOUTS[name]["block_tables"].shape == (3, 5)
     assert LAYOUTS["prefill"]["query_start_loc"].shape == (4,)
+
+
+def test_adapters_are_carried_beside_the_rest() -> None:
+    """A step without adapters is a shorter one with the same fields."""
+    assert LAYOUTS["prefill"].items() < LAYOUTS["adapters"].items()
+    assert LAYOUTS["adapters"]["item_weights"].is_float and LAYOUTS["adapters"]["scale_rows"].shape == (16,)
+    assert sample_layout(3, StepLoRA(tables=LORA.tables)) == sample_layout(3)

@@ -28,7 +28,10 @@ def embedder(tokenizer_folder: Path) -> Iterator[LLM]:
     ("options", "message"),
     [
         ({"max_num_seq": 4}, "max_num_seqs"),
-        ({"enable_lora": True}, "enable_lora=True is refused"),
+        (
+            {"enable_lora": True, "hf_overrides": {"hidden_act": "relu"}},
+            "enable_lora=True with hidden_act='relu' is not served; adapters need one of silu",
+        ),
         ({"quantization": "awq"}, "quantization='awq' is refused"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
         ({"dtype": "float8"}, "dtype='float8' is not one of 'auto'"),
@@ -165,9 +168,18 @@ def test_lists_must_fit_the_prompts(llm: LLM) -> None:
     assert llm.generate([], use_tqdm=False) == []
 
 
-def test_lora_requests_are_refused(llm: LLM) -> None:
-    with pytest.raises(AdapterError, match="LoRA adapters are not served yet"):
-        llm.generate("a", lora_request=LoRARequest("x", 1, "folder"), use_tqdm=False)
+def test_adapters_need_enable_lora(llm: LLM) -> None:
+    request, message = LoRARequest("x", 1, "folder"), "adapters are not served: start with enable_lora=True"
+    with pytest.raises(AdapterError, match=message):
+        llm.generate(["a", "b"], lora_request=[None, request], use_tqdm=False)
+    with pytest.raises(AdapterError, match=message):
+        llm.load_lora(request)
+    with pytest.raises(AdapterError, match=message):
+        llm.unload_lora("x")
+    with pytest.raises(AdapterError, match=message):
+        llm.list_loras()
+    (output,) = llm.generate("a", greedy(2), lora_request=[None], use_tqdm=False)
+    assert output.lora_request is None and output.finished
 
 
 def test_models_refuse_what_they_are_not(llm: LLM, embedder: LLM) -> None:

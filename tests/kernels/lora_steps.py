@@ -20,7 +20,7 @@ HEADS, GROUP, HEAD_DIM = 2, 2, 16
 PROJECTIONS: dict[str, tuple[LoRAProjection, int, int]] = {
     "qkv": (qkv_projection(GROUP, HEAD_DIM), 40, HEADS * (GROUP + 2) * HEAD_DIM),
     "o": (O_PROJECTION, 64, 40),
-    "gate_up": (GATE_UP_PROJECTION, 40, 2 * 96),
+    "gate_up": (GATE_UP_PROJECTION, 40, 2 * 40),
     "down": (DOWN_PROJECTION, 96, 40),
 }
 """Of each projection of a tiny model, its modules, inputs and outputs."""
@@ -56,10 +56,10 @@ STEPS = {
         ranks=(8, 16, 24),
         merges=(((0, 1.0), (1, -0.5)), ((2, 0.25), (0, 2.0), (1, 1.0)), ((2, 1.0),)),
     ),
-    "hot": StepSpec(token_groups=(*[1] * 9, -1, 0, *[1] * 6, -1), ranks=(16, 24)),
-    "large_tile": StepSpec(token_groups=(*[0] * 21, -1, *[1] * 3), ranks=(16, 40), tile=16),
+    "hot": StepSpec(token_groups=(*[1] * 4, -1, 0, *[1] * 5, -1), ranks=(16, 24)),
+    "large_tile": StepSpec(token_groups=(*[0] * 17, -1, 1), ranks=(16, 40), tile=16),
     "base": StepSpec(token_groups=(-1,) * 6, ranks=(16,)),
-    "rank_100": StepSpec(token_groups=(0, 0, 1), ranks=(100, 3)),
+    "rank_100": StepSpec(token_groups=(0, 1), ranks=(100, 3)),
 }
 
 

@@ -92,6 +92,11 @@ def test_compiles_for_an_h100_with_wide_reads(model: str, projection: str, token
         assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
 
 
+@pytest.mark.slow
+def test_steps_of_other_sizes_share_compiled_kernels() -> None:
+    assert [len(lowered("1.5b", "down", tokens, 2)[1]) for tokens in (40, 64, 200)] == [2, 0, 0]
+
+
 def test_auto_is_triton_on_a_gpu_where_dtypes_agree() -> None:
     for dtype, calls in ((jnp.float32, 2), (jnp.float16, 0)):
         assert lowered("0.5b", "o", 2, dtype=dtype)[0].count("triton_kernel_call") == calls

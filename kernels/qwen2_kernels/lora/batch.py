@@ -5,7 +5,6 @@ Adapters lie in pages. A page holds `RANKS` ranks of one adapter for all modules
 is folded into `b`. Unused ranks and modules are zeros. A page that no item lists is never read: it may hold NaN.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -82,10 +81,3 @@ def qkv_projection(group: int, head_dim: int) -> LoRAProjection:
 O_PROJECTION = LoRAProjection(modules=(3,))
 GATE_UP_PROJECTION = LoRAProjection(modules=(4, 5))
 DOWN_PROJECTION = LoRAProjection(modules=(6,))
-
-
-def array_items(batch: LoRABatch) -> Iterator[tuple[str, Array]]:
-    """Yield the tables by name, in the order in which kernels take them."""
-    for name in batch.__dataclass_fields__:
-        if name not in ("tile", "max_pages"):
-            yield name, getattr(batch, name)

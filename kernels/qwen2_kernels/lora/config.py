@@ -66,14 +66,18 @@ def _check(config: ShrinkConfig | ExpandConfig, *powers: str) -> None:
 
 def default_config(tokens: int, in_features: int, out_features: int, tile: int, *, is_gated: bool) -> Config:
     """Return tiles that suit an H100 for steps of `tokens` in segments of up to `tile`; gated: of out features each."""
-    if tokens <= 32 and tile == 16:
-        shrink = ShrinkConfig(kind=VECTOR, block_k=512 if in_features > 8192 else 256)
+    is_wide = in_features > 8192
+    if tokens == 1:
+        shrink = ShrinkConfig(kind=VECTOR, block_k=512 if is_wide else 256)
         return Config(shrink=shrink, expand=ExpandConfig(kind=VECTOR, block_n=128))
-    if tile == 16:
-        blocks = 16 if in_features > 8192 else 4
+    if tokens <= 32 and tile <= 16:
+        shrink = ShrinkConfig(kind=DOT, block_k=512 if is_wide else 256)
+        return Config(shrink=shrink, expand=ExpandConfig(kind=DOT, block_n=128, num_tiles=2, num_warps=4, num_stages=3))
+    if tile <= 16:
+        blocks = 16 if is_wide else 4
         shrink = ShrinkConfig(kind=DOT, block_k=128, num_blocks=blocks, num_warps=2, num_stages=4)
         return Config(shrink=shrink, expand=ExpandConfig(kind=DOT, block_n=128, num_tiles=4, num_warps=4, num_stages=3))
-    splits = 8 if in_features > 8192 else 4
+    splits = 8 if is_wide else 4
     return Config(
         shrink=ShrinkConfig(
             kind=DOT,

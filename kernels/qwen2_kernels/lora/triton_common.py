@@ -64,7 +64,6 @@ def _items(rank, chunk, PAGES: tl.constexpr):
 @triton.jit
 def load_ranks(
     cells_ptr,
-    num_rows,
     listed,
     count,
     token,
@@ -81,19 +80,20 @@ def load_ranks(
     rank = tl.arange(0, PAGES * RANKS)
     item = _items(rank, chunk, PAGES)
     modules = tl.load(modules_ptr + item, mask=item < length, other=0)
-    cells = cells_ptr + (item * count * (SLICES * RANKS) + rank % RANKS)[None, :] + token[:, None] * (SLICES * RANKS)
+    ROW: tl.constexpr = SLICES * SPLITS * RANKS
+    cells = cells_ptr + (item * count * ROW + rank % RANKS)[None, :] + token[:, None] * ROW
     mask = (((modules >> bit) & 1 == 1) & (rank < PAGES * RANKS))[None, :] & (token < count)[:, None]
     total = tl.load(cells, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(cells + split * num_rows * (SLICES * RANKS), mask=mask, other=0.0)
+        total += tl.load(cells + split * RANKS, mask=mask, other=0.0)
     return total
 
 
 @triton.jit
-def load_row(cells_ptr, num_rows, has_module, SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+def load_row(cells_ptr, has_module, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
     """Return the first product of one token with one page, [RANKS]; BLOCK_S is the next power of two to SPLITS."""
     split = tl.arange(0, BLOCK_S)
-    cells = cells_ptr + (split * num_rows)[:, None] * (SLICES * RANKS) + tl.arange(0, RANKS)[None, :]
+    cells = cells_ptr + split[:, None] * RANKS + tl.arange(0, RANKS)[None, :]
     return tl.sum(tl.load(cells, mask=((split < SPLITS) & has_module)[:, None], other=0.0), axis=0)
 
 

@@ -27,7 +27,6 @@ def expand_vector_kernel(
     modules_ptr,
     num_segments_ptr,
     out_ptr,
-    num_rows,
     N: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -44,7 +43,7 @@ def expand_vector_kernel(
 ):
     """One tile of columns for a segment's tokens, one after another; the factors of a single page stay in registers.
 
-    ranks [SPLITS, num_rows, SLICES, RANKS], b [P, RANKS, N], bias [V, N], out [T, N]; N is a block of WIDTH
+    ranks [rows, SLICES, SPLITS, RANKS], b [P, RANKS, N], bias [V, N], out [T, N]; N is a block of WIDTH
     columns, or HEADS * (GROUP + 2) of them. Grid (work), PROGRAMS for a segment: without LOOP one for each tile of each
     segment of the tables; the padding has no tokens.
     """
@@ -68,8 +67,8 @@ def expand_vector_kernel(
             has_module = (tl.load(modules_ptr + first, mask=length > 0, other=0) >> bit) & 1 == 1
             for index in tl.range(0, count, num_stages=1):
                 token = tl.load(order_ptr + start + index).to(tl.int64)
-                cells_ptr = ranks_ptr + ((start * MAX_PAGES + index) * SLICES + part) * RANKS
-                ranks = load_row(cells_ptr, num_rows, has_module, SLICES, SPLITS, BLOCK_S)
+                cells_ptr = ranks_ptr + ((start * MAX_PAGES + index) * SLICES + part) * (SPLITS * RANKS)
+                ranks = load_row(cells_ptr, has_module, SPLITS, BLOCK_S)
                 total = bias + tl.sum(ranks[:, None] * b.to(tl.float32), axis=0)
                 tl.store(out_ptr + token * N + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
         elif MAX_PAGES > 1:
@@ -81,8 +80,10 @@ def expand_vector_kernel(
                     cells = b_ptr + rows[:, None] + columns[None, :]
                     b = tl.load(cells, mask=is_read[:, None] & inside[None, :], other=0.0)
                     has_module = (tl.load(modules_ptr + first + item) >> bit) & 1 == 1
-                    cells_ptr = ranks_ptr + ((start * MAX_PAGES + item * count + index) * SLICES + part) * RANKS
-                    ranks = load_row(cells_ptr, num_rows, has_module, SLICES, SPLITS, BLOCK_S)
+                    cells_ptr = ranks_ptr + ((start * MAX_PAGES + item * count + index) * SLICES + part) * (
+                        SPLITS * RANKS
+                    )
+                    ranks = load_row(cells_ptr, has_module, SPLITS, BLOCK_S)
                     total += tl.sum(ranks[:, None] * b.to(tl.float32), axis=0)
                 tl.store(out_ptr + token * N + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -93,7 +94,6 @@ def _expand_tiles(
     b_ptr,
     bias_ptr,
     out_ptr,
-    num_rows,
     listed,
     count,
     token,
@@ -116,7 +116,7 @@ def _expand_tiles(
     """Multiply a segment that has at most PAGES pages, or more if IS_LONG, tile after tile."""
     PER_BLOCK: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     DTYPE: tl.constexpr = b_ptr.dtype.element_ty
-    ranks = load_ranks(cells_ptr, num_rows, listed, count, token, 0, SLICES, SPLITS, PAGES).to(DTYPE)
+    ranks = load_ranks(cells_ptr, listed, count, token, 0, SLICES, SPLITS, PAGES).to(DTYPE)
     rows, is_read = find_factors(listed, 0, N, PAGES)
     for index in tl.range(tile, end, num_stages=STAGES):
         columns, inside = find_columns(part, index, GROUP, WIDTH, PER_BLOCK, BLOCK_N)  # pyright: ignore
@@ -127,7 +127,7 @@ def _expand_tiles(
                 more_rows, is_more = find_factors(listed, chunk, N, PAGES)
                 cells = b_ptr + more_rows[:, None] + columns[None, :]
                 more = tl.load(cells, mask=is_more[:, None] & inside[None, :], other=0.0)
-                some = load_ranks(cells_ptr, num_rows, listed, count, token, chunk, SLICES, SPLITS, PAGES).to(DTYPE)
+                some = load_ranks(cells_ptr, listed, count, token, chunk, SLICES, SPLITS, PAGES).to(DTYPE)
                 total = tl.dot(some, more, total, input_precision="ieee")
         if HAS_BIAS:
             mask = inside & (vector >= 0)
@@ -149,7 +149,6 @@ def expand_dot_kernel(
     modules_ptr,
     num_segments_ptr,
     out_ptr,
-    num_rows,
     N: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -181,18 +180,18 @@ def expand_dot_kernel(
         vector = tl.load(vectors_ptr + segment)
         part, tile, last = find_tiles(work % PROGRAMS, HEADS, GROUP, PER_BLOCK, TILES)
         listed = (pages_ptr + first, modules_ptr + first, length, FIRST_MODULE + part)
-        cells_ptr = ranks_ptr + (start * (MAX_PAGES * SLICES) + part) * RANKS
+        cells_ptr = ranks_ptr + (start * (MAX_PAGES * SLICES) + part) * (SPLITS * RANKS)
         token = tl.arange(0, TILE)
         out_rows = tl.load(order_ptr + start + token, mask=token < count, other=0).to(tl.int64) * N
         # A segment of the padding has no tokens, and no tiles.
         last = tl.where(count > 0, last, tile)
         if length <= 1:
             _expand_tiles(
-                cells_ptr, b_ptr, bias_ptr, out_ptr, num_rows, listed, count, token, out_rows, vector, part, tile,
+                cells_ptr, b_ptr, bias_ptr, out_ptr, listed, count, token, out_rows, vector, part, tile,
                 last, N, GROUP, WIDTH, SLICES, SPLITS, HAS_BIAS, BLOCK_N, STAGES, 1, False,
             )  # fmt: skip
         elif MAX_PAGES > 1:
             _expand_tiles(
-                cells_ptr, b_ptr, bias_ptr, out_ptr, num_rows, listed, count, token, out_rows, vector, part, tile,
+                cells_ptr, b_ptr, bias_ptr, out_ptr, listed, count, token, out_rows, vector, part, tile,
                 last, N, GROUP, WIDTH, SLICES, SPLITS, HAS_BIAS, BLOCK_N, STAGES, PAGES, MAX_PAGES > PAGES,
             )  # fmt: skip

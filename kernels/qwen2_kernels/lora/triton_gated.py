@@ -58,7 +58,6 @@ def gated_vector_kernel(
     modules_ptr,
     num_segments_ptr,
     out_ptr,
-    num_rows,
     F: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     MAX_PAGES: tl.constexpr,
@@ -73,7 +72,7 @@ def gated_vector_kernel(
 ):
     """One tile of columns for a segment's tokens, one after another; the factors of a single page stay in registers.
 
-    ranks [SPLITS, num_rows, 2, RANKS], base [T, 2, F], b [P, RANKS, 2, F], bias and scale [V, 2, F], out
+    ranks [rows, 2, SPLITS, RANKS], base [T, 2, F], b [P, RANKS, 2, F], bias and scale [V, 2, F], out
     [T, F]; grid (work), see `triton_expand.expand_vector_kernel`.
     """
     end = tl.program_id(0) + 1
@@ -99,9 +98,9 @@ def gated_vector_kernel(
                 gate, up = _load_base(
                     base_ptr, bias_ptr, scale_ptr, token, vector, columns, inside, F, HAS_BIAS, HAS_SCALE
                 )
-                row_ptr = ranks_ptr + (start * MAX_PAGES + index) * (2 * RANKS)
-                gate_ranks = load_row(row_ptr, num_rows, modules & 1 == 1, 2, SPLITS, BLOCK_S)
-                up_ranks = load_row(row_ptr + RANKS, num_rows, modules & 2 == 2, 2, SPLITS, BLOCK_S)
+                row_ptr = ranks_ptr + (start * MAX_PAGES + index) * (2 * SPLITS * RANKS)
+                gate_ranks = load_row(row_ptr, modules & 1 == 1, SPLITS, BLOCK_S)
+                up_ranks = load_row(row_ptr + SPLITS * RANKS, modules & 2 == 2, SPLITS, BLOCK_S)
                 gate += tl.sum(gate_ranks[:, None] * b_gate.to(tl.float32), axis=0)
                 up += tl.sum(up_ranks[:, None] * b_up.to(tl.float32), axis=0)
                 result = activate(gate, ACTIVATION) * up
@@ -116,12 +115,12 @@ def gated_vector_kernel(
                     rows, has_gate = find_factors(gate_listed, item, 2 * F, 1)
                     rows, has_up = find_factors(up_listed, item, 2 * F, 1)
                     modules = tl.load(modules_ptr + first + item) >> FIRST_MODULE
-                    row_ptr = ranks_ptr + (start * MAX_PAGES + item * count + index) * (2 * RANKS)
+                    row_ptr = ranks_ptr + (start * MAX_PAGES + item * count + index) * (2 * SPLITS * RANKS)
                     b = tl.load(tiles + rows[:, None], mask=has_gate[:, None] & inside[None, :], other=0.0)
-                    ranks = load_row(row_ptr, num_rows, modules & 1 == 1, 2, SPLITS, BLOCK_S)
+                    ranks = load_row(row_ptr, modules & 1 == 1, SPLITS, BLOCK_S)
                     gate += tl.sum(ranks[:, None] * b.to(tl.float32), axis=0)
                     b = tl.load(tiles + F + rows[:, None], mask=has_up[:, None] & inside[None, :], other=0.0)
-                    ranks = load_row(row_ptr + RANKS, num_rows, modules & 2 == 2, 2, SPLITS, BLOCK_S)
+                    ranks = load_row(row_ptr + SPLITS * RANKS, modules & 2 == 2, SPLITS, BLOCK_S)
                     up += tl.sum(ranks[:, None] * b.to(tl.float32), axis=0)
                 result = activate(gate, ACTIVATION) * up
                 tl.store(out_ptr + token * F + columns, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -135,7 +134,6 @@ def _gated_tiles(
     bias_ptr,
     scale_ptr,
     out_ptr,
-    num_rows,
     gate_listed,
     up_listed,
     count,
@@ -156,8 +154,8 @@ def _gated_tiles(
 ):
     """Multiply a segment that has at most PAGES pages, or more if IS_LONG, tile after tile."""
     DTYPE: tl.constexpr = b_ptr.dtype.element_ty
-    gate_ranks = load_ranks(cells_ptr, num_rows, gate_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
-    up_ranks = load_ranks(cells_ptr + RANKS, num_rows, up_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
+    gate_ranks = load_ranks(cells_ptr, gate_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
+    up_ranks = load_ranks(cells_ptr + SPLITS * RANKS, up_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
     b_rows, has_gate = find_factors(gate_listed, 0, 2 * F, PAGES)
     b_rows, has_up = find_factors(up_listed, 0, 2 * F, PAGES)
     is_token = token < count
@@ -187,10 +185,10 @@ def _gated_tiles(
                 more_rows, more_ups = find_factors(up_listed, chunk, 2 * F, PAGES)
                 cells = b_ptr + more_rows[:, None] + columns[None, :]
                 more = tl.load(cells, mask=more_gates[:, None] & inside[None, :], other=0.0)
-                some = load_ranks(cells_ptr, num_rows, gate_listed, count, token, chunk, 2, SPLITS, PAGES)
+                some = load_ranks(cells_ptr, gate_listed, count, token, chunk, 2, SPLITS, PAGES)
                 gate += tl.dot(some.to(DTYPE), more, input_precision="ieee")
                 more = tl.load(cells + F, mask=more_ups[:, None] & inside[None, :], other=0.0)
-                some = load_ranks(cells_ptr + RANKS, num_rows, up_listed, count, token, chunk, 2, SPLITS, PAGES)
+                some = load_ranks(cells_ptr + SPLITS * RANKS, up_listed, count, token, chunk, 2, SPLITS, PAGES)
                 up += tl.dot(some.to(DTYPE), more, input_precision="ieee")
         result = activate(gate, ACTIVATION) * up
         tl.store(out_ptr + rows[:, None] + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -211,7 +209,6 @@ def gated_dot_kernel(
     modules_ptr,
     num_segments_ptr,
     out_ptr,
-    num_rows,
     F: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     MAX_PAGES: tl.constexpr,
@@ -243,18 +240,18 @@ def gated_dot_kernel(
         last = tl.where(count > 0, tl.minimum(tile + TILES, (F + BLOCK_N - 1) // BLOCK_N), tile)
         gate_listed = (pages_ptr + first, modules_ptr + first, length, FIRST_MODULE)
         up_listed = (pages_ptr + first, modules_ptr + first, length, FIRST_MODULE + 1)
-        cells_ptr = ranks_ptr + start * (MAX_PAGES * 2 * RANKS)
+        cells_ptr = ranks_ptr + start * (MAX_PAGES * 2 * SPLITS * RANKS)
         token = tl.arange(0, TILE)
         rows = tl.load(order_ptr + start + token, mask=token < count, other=0).to(tl.int64) * F
         if length <= 1:
             _gated_tiles(
-                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, num_rows, gate_listed, up_listed, count,
+                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, gate_listed, up_listed, count,
                 token, rows, vector, tile, last, F, SPLITS, HAS_BIAS, HAS_SCALE, ACTIVATION, BLOCK_N, STAGES,
                 1, False,
             )  # fmt: skip
         elif MAX_PAGES > 1:
             _gated_tiles(
-                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, num_rows, gate_listed, up_listed, count,
+                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, gate_listed, up_listed, count,
                 token, rows, vector, tile, last, F, SPLITS, HAS_BIAS, HAS_SCALE, ACTIVATION, BLOCK_N, STAGES,
                 PAGES, MAX_PAGES > PAGES,
             )  # fmt: skip

@@ -50,7 +50,6 @@ def lora_delta_triton(
         *_segment_tables(batch),
         kernel=expand_dot_kernel if expand.kind == DOT else expand_vector_kernel,
         out_type=jax.ShapeDtypeStruct((tokens, columns), x.dtype),
-        num_rows=ranks.shape[1],
         N=columns,
         HEADS=heads,
         GROUP=group,
@@ -58,7 +57,7 @@ def lora_delta_triton(
         SLICES=len(projection.modules),
         FIRST_MODULE=projection.modules[0],
         HAS_BIAS=bias_bank is not None,
-        **_expand_options(expand, batch, programs, ranks.shape[0]),
+        **_expand_options(expand, batch, programs, ranks.shape[2]),
     )
 
 
@@ -94,18 +93,17 @@ def lora_gated_triton(
         *_segment_tables(batch),
         kernel=gated_dot_kernel if expand.kind == DOT else gated_vector_kernel,
         out_type=jax.ShapeDtypeStruct((tokens, columns), x.dtype),
-        num_rows=ranks.shape[1],
         F=columns,
         FIRST_MODULE=GATE_UP_PROJECTION.modules[0],
         HAS_BIAS=bias_bank is not None,
         HAS_SCALE=scale_bank is not None,
         ACTIVATION=activation,
-        **_expand_options(expand, batch, programs, ranks.shape[0]),
+        **_expand_options(expand, batch, programs, ranks.shape[2]),
     )
 
 
 def _shrink(x: Array, a_bank: Array, batch: LoRABatch, projection: LoRAProjection, config: ShrinkConfig) -> Array:
-    """Return the first products [splits, rows, C, RANKS], of which only rows in use are written."""
+    """Return the first products [rows, C, splits, RANKS], of which only rows in use are written."""
     size, slices = x.shape[1], len(projection.modules)
     config = replace(config, block_k=min(config.block_k, max(_power_of_two(size), 16)))
     splits = -(-size // (config.block_k * config.num_blocks))
@@ -142,11 +140,10 @@ def _shrink(x: Array, a_bank: Array, batch: LoRABatch, projection: LoRAProjectio
         batch.item_weights,
         batch.num_items,
         kernel=shrink_dot_kernel if config.kind == DOT else shrink_vector_kernel,
-        out_type=jax.ShapeDtypeStruct((splits, rows, slices, RANKS), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows, slices, splits, RANKS), jnp.float32),
         grid=(min(programs, config.max_programs),),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        num_rows=rows,
         **options,
     )
 

@@ -1,7 +1,7 @@
-"""The first product of `lora`: every item's page times its segment's tokens, [rows, C, RANKS] in float32.
+"""The first product of `lora`: every item's page times its segment's tokens, [rows, C, SPLITS, RANKS] in float32.
 
-An item's rows lie at `segment_starts * MAX_PAGES`, behind those of the segment's earlier items. What programs compute
-along K stays apart, [SPLITS, rows, C, RANKS]: whoever reads it adds it up, in order, so that results repeat.
+An item's rows lie at `segment_starts * MAX_PAGES`, behind those of the segment's earlier items. What SPLITS programs
+compute along K stays apart: whoever reads it adds it up, in order, so that results repeat.
 """
 
 import triton
@@ -43,7 +43,6 @@ def shrink_vector_kernel(
     weights_ptr,
     num_items_ptr,
     ranks_ptr,
-    num_rows,
     K: tl.constexpr,
     SLICES: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
@@ -54,7 +53,7 @@ def shrink_vector_kernel(
 ):
     """One tile of one module's matrix, held in registers, times one token after another.
 
-    x [T, K], a [P, SLICES, RANKS, K], ranks [SPLITS, num_rows, SLICES, RANKS]; grid (work). Without LOOP there is a
+    x [T, K], a [P, SLICES, RANKS, K], ranks [rows, SLICES, SPLITS, RANKS]; grid (work). Without LOOP there is a
     program for each item of the tables; the padding has no modules.
     """
     end = tl.program_id(0) + 1
@@ -78,7 +77,8 @@ def shrink_vector_kernel(
             token = tl.load(order_ptr + start + index).to(tl.int64)
             x = tl.load(x_ptr + token * K + columns, mask=inside, other=0.0).to(tl.float32)
             product = tl.sum(a.to(tl.float32) * x[None, :], axis=1) * weight
-            tl.store(ranks_ptr + ((split * num_rows + row + index) * SLICES + part) * RANKS + rank, product)
+            cells = ranks_ptr + (((row + index) * SLICES + part) * SPLITS + split) * RANKS
+            tl.store(cells + rank, product)
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def shrink_dot_kernel(
     weights_ptr,
     num_items_ptr,
     ranks_ptr,
-    num_rows,
     K: tl.constexpr,
     SLICES: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
@@ -138,5 +137,6 @@ def shrink_dot_kernel(
             )
             total = tl.dot(x, tl.trans(a), total, input_precision="ieee")
         total *= tl.load(weights_ptr + item)
-        cells = ((split * num_rows + row + token) * (SLICES * RANKS) + first_rank)[:, None] + rank[None, :]
+        columns = ((first_rank + rank) // RANKS * SPLITS + split) * RANKS + rank % RANKS
+        cells = (row + token)[:, None] * (SLICES * SPLITS * RANKS) + columns[None, :]
         tl.store(ranks_ptr + cells, total, mask=is_token[:, None] & has_module[None, :])
