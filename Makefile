@@ -2,7 +2,7 @@
 # PYTHON=/path/to/python chooses the interpreter that .venv is made with (`make clean` first to change it).
 PYTHON :=
 RUN := .venv/bin/python
-ADAPTERS := pirate json one-word
+TRAIN := $(RUN) scripts/train_lora.py --model smollm2
 
 .NOTPARALLEL:
 .PHONY: help demo train-demo test lint types format lock clean
@@ -20,9 +20,9 @@ demo: .venv/demo.stamp
 	@$(RUN) scripts/demo.py
 
 train-demo: .venv/dev.stamp
-	@for name in $(ADAPTERS); do \
-		$(RUN) scripts/train_lora.py --model smollm2 --data scripts/data/$$name.json --out demo/adapters/$$name || exit 1; \
-	done
+	@$(TRAIN) --data scripts/data/pirate.json --out demo/adapters/pirate --steps 120
+	@$(TRAIN) --data scripts/data/json.json --out demo/adapters/json --steps 75
+	@$(TRAIN) --data scripts/data/one-word.json --out demo/adapters/one-word --steps 75
 
 test: lint types
 	@$(RUN) -m pytest

@@ -236,7 +236,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modules", nargs="+", choices=PLACES, default=["q_proj", "k_proj", "v_proj", "o_proj"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0, help="B @ A is multiplied by alpha / rank")
-    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)

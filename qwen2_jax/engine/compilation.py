@@ -38,8 +38,8 @@ class ProgramSpec:
 
 
 _LOWERING = threading.Lock()
-"""Lowering is Python, which runs in one thread at a time anyway; beside one another, threads would each compile the Triton
-kernels that the programs share, for jax-triton's cache knows only those that are done."""
+"""Lowering is Python, which runs in one thread at a time anyway; beside one another, threads would each compile the
+Triton kernels that programs share, for jax-triton's cache knows only those that are done."""
 
 
 def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:

@@ -50,6 +50,8 @@ def digest_of(config: AdapterConfig, file: Path) -> str:
 
 def file_signature(path: Path) -> tuple[tuple[int, int, int], ...]:
     """Return what changes when the files of the adapter in `path` are written anew; raises `AdapterError`."""
+    if not (path / CONFIG).is_file():
+        read_config(path)  # says what the folder is instead
     try:
         stats = [file.stat() for file in (path / CONFIG, weights_file(path))]
     except OSError as error:

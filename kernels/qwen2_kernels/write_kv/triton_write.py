@@ -37,7 +37,8 @@ def _write_kv_kernel(
     v_inverse_scale: tl.constexpr,
     limit: tl.constexpr,
 ):
-    """qkv [PARTS, T, K, G+2, H], delta [T, K, G+2, H], scale_bank [V, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H], and rows of the pools [S, K, H] by slot.
+    """qkv [PARTS, T, K, G+2, H], delta [T, K, G+2, H], scale_bank [V, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H],
+    and rows of the pools [S, K, H] by slot.
 
     GP is G+1 as a power of two, part_size is T * K * (G+2) * H.
     """
