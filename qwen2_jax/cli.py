@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import qwen2_jax
 from qwen2_jax.cli_options import COMMANDS, ENGINE_OPTIONS, MERGE_OPTIONS, SAMPLING_OPTIONS, parse
 from qwen2_jax.errors import ConfigError, Qwen2JaxError, RequestError, nearest
-from qwen2_jax.types import RequestOutput, SamplingParams
+from qwen2_jax.types import LoRARequest, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from qwen2_jax.llm import LLM
@@ -77,6 +77,7 @@ def _engine(model: str, args: Namespace, **options: Any) -> Iterator["LLM"]:
     from qwen2_jax.llm import LLM
 
     SamplingParams(**_given(args, SAMPLING_OPTIONS))  # a wrong value shows before the model is loaded
+    options |= {"enable_lora": True} if "lora" in args else {}
     llm = LLM(model, **_given(args, ENGINE_OPTIONS), **options)
     try:
         yield llm
@@ -89,12 +90,17 @@ def _sampling_params(llm: "LLM", args: Namespace, max_tokens: int | None) -> Sam
     return llm.get_default_sampling_params().replace(**{"max_tokens": max_tokens, **given})
 
 
-async def _stream(llm: "LLM", prompt: str | Messages, params: SamplingParams) -> str:
+def _lora(args: Namespace) -> LoRARequest | None:
+    """Return the adapter that is asked for."""
+    return LoRARequest(Path(args.lora).name, 1, args.lora) if "lora" in args else None
+
+
+async def _stream(llm: "LLM", prompt: str | Messages, params: SamplingParams, lora: LoRARequest | None) -> str:
     """Print an answer as it grows, then its speed, and return it."""
     started = time.perf_counter()
     first: tuple[float, int] | None = None
     text, count, now = "", 0, started
-    async for output in llm.stream(prompt, params):
+    async for output in llm.stream(prompt, params, lora_request=lora):
         answer = output.outputs[0]
         print(answer.text[len(text) :], end="", flush=True)
         text, count, now = answer.text, len(answer.token_ids), time.perf_counter()
@@ -130,9 +136,9 @@ def _generate(args: Namespace) -> None:
     with _engine(model, args) as llm:
         params = _sampling_params(llm, args, DEFAULT_MAX_TOKENS)
         if options.get("stream", "json" not in args and len(prompts) == 1):
-            asyncio.run(_stream(llm, prompts[0], params))
+            asyncio.run(_stream(llm, prompts[0], params, _lora(args)))
             return
-        for output in llm.generate(prompts, params):
+        for output in llm.generate(prompts, params, lora_request=_lora(args)):
             print(_as_json(output) if "json" in args else output.outputs[0].text)
 
 
@@ -140,7 +146,7 @@ def _embed(args: Namespace) -> None:
     model, texts = _split_model(args)
     texts = texts or _read_stdin("text").splitlines()
     with _engine(model, args, runner="pooling") as llm:
-        for text, output in zip(texts, llm.embed(texts), strict=True):
+        for text, output in zip(texts, llm.embed(texts, lora_request=_lora(args)), strict=True):
             print(json.dumps({"text": text, "embedding": output.outputs.embedding}, ensure_ascii=False))
 
 
@@ -193,7 +199,7 @@ def _chat(args: Namespace) -> None:
 
         def take_turn(messages: Messages, text: str) -> Messages:
             turn = [*messages, {"role": "user", "content": text}]
-            return [*turn, {"role": "assistant", "content": runner.run(_stream(llm, turn, params))}]
+            return [*turn, {"role": "assistant", "content": runner.run(_stream(llm, turn, params, _lora(args)))}]
 
         messages = system
         if "message" in args:

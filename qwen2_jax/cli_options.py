@@ -38,6 +38,9 @@ ENGINE_OPTIONS: Options = {
     "max_model_len": {"type": int, "metavar": "TOKENS", "help": "longest prompt and output together"},
     "max_num_seqs": {"type": int, "metavar": "N", "help": "most sequences that run at once"},
     "max_num_batched_tokens": {"type": int, "metavar": "TOKENS", "help": "most tokens in one step"},
+    "max_lora_rank": {"type": int, "metavar": "N", "help": "highest rank of an adapter, with --lora"},
+    "max_vocab_loras": {"type": int, "metavar": "N", "help": "adapters of embeddings and head, with --lora"},
+    "max_full_vocab": {"type": int, "metavar": "N", "help": "adapters with whole embeddings or heads, with --lora"},
     "tensor_parallel_size": {"type": int, "metavar": "N", "help": "devices to shard the model over"},
     "gpu_memory_utilization": {"type": float, "metavar": "SHARE", "help": "share of a GPU's memory to use"},
     "kv_cache_memory_bytes": {"type": int, "metavar": "BYTES", "help": "size of the key-value cache on each device"},
@@ -97,7 +100,8 @@ class Command:
 
 _HELP: Options = {"help": {"action": "help", "help": "show this and end"}}
 _MODEL: Options = {"model": {"help": "hub id, folder, .gguf file or smollm2; instead of the first argument"}}
-_ENGINE = {"engine": ENGINE_OPTIONS}
+LORA: Options = {"lora": {"metavar": "ADAPTER", "help": "folder or hub id of the LoRA adapter to answer with"}}
+_ENGINE = {"adapter": LORA, "engine": ENGINE_OPTIONS}
 _SAMPLING = {"sampling": SAMPLING_OPTIONS}
 
 COMMANDS: Mapping[str, Command] = {

@@ -248,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     jax.config.update("jax_platforms", "cpu")
     data = json.loads(options.data.read_text("utf-8"))
+    if not data.get("examples") or not data.get("held_out"):
+        raise SystemExit(f"{options.data} needs both examples and held_out, neither of them empty")
     checkpoint, load = open_checkpoint(resolve(options.model)), LoadConfig(dtype="float32", runner="generate")
     config = model_config(checkpoint, load)
     loaded = load_model(checkpoint, config, load, EngineConfig())

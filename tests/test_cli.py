@@ -19,6 +19,7 @@ from qwen2_jax.types import (
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
+    LoRARequest,
     RequestOutput,
     SamplingParams,
 )
@@ -36,6 +37,7 @@ class FakeLLM:
             raise CheckpointError("missing is neither a folder nor a model on the hub")
         self.model, self.options, self.closed = model, options, False
         self.asked: list[tuple[Any, SamplingParams]] = []
+        self.loras: list[LoRARequest | None] = []
         FakeLLM.made.append(self)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -49,11 +51,17 @@ class FakeLLM:
         )
         return RequestOutput(request_id="0", prompt=question, prompt_token_ids=[1], outputs=[answer], finished=True)
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Sequence[str], params: SamplingParams, lora_request: LoRARequest | None = None
+    ) -> list[RequestOutput]:
+        self.loras.append(lora_request)
         self.asked += [(prompt, params) for prompt in prompts]
         return [self._output(prompt) for prompt in prompts]
 
-    async def stream(self, prompt: Any, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+    async def stream(
+        self, prompt: Any, params: SamplingParams, lora_request: LoRARequest | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        self.loras.append(lora_request)
         self.asked.append((prompt, params))
         if "too long" in str(prompt):
             raise RequestError("the prompt has 9 tokens, the context 8")
@@ -62,7 +70,8 @@ class FakeLLM:
         for length in (1, 4, None):
             yield self._output(prompt, length)
 
-    def embed(self, texts: Sequence[str]) -> list[EmbeddingRequestOutput]:
+    def embed(self, texts: Sequence[str], lora_request: LoRARequest | None = None) -> list[EmbeddingRequestOutput]:
+        self.loras.append(lora_request)
         return [
             EmbeddingRequestOutput(
                 request_id=str(i),
@@ -175,6 +184,19 @@ def test_engine_options_reach_the_engine(llm: list[FakeLLM]) -> None:
     main(["generate", "model", "a", *options])
     expected = {"tensor_parallel_size": 2, "enable_prefix_caching": False, "hf_overrides": {"rope_theta": 1e6}}
     assert llm[0].options == {**expected, "block_size": 32}
+
+
+@pytest.mark.parametrize(
+    "argv", [["generate", "m", "a"], ["generate", "m", "a", "b"], ["chat", "m", "--message", "a"], ["embed", "m", "a"]]
+)
+def test_an_adapter_is_served_with_room_for_it(argv: list[str], llm: list[FakeLLM]) -> None:
+    assert main([*argv, "--lora", "adapters/pirate", "--max-lora-rank", "8"]) == 0
+    assert llm[0].options == {"enable_lora": True, "max_lora_rank": 8} | (
+        {"runner": "pooling"} if "embed" in argv else {}
+    )
+    assert llm[0].loras == [LoRARequest("pirate", 1, "adapters/pirate")]
+    assert main(argv) == 0
+    assert llm[1].loras == [None] and "enable_lora" not in llm[1].options
 
 
 def test_stop_may_be_repeated(llm: list[FakeLLM]) -> None:

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 import qwen2_jax
 from qwen2_jax.cli_options import ENGINE_OPTIONS
-from qwen2_jax.config import CacheConfig, EngineConfig, LoadConfig
+from qwen2_jax.config import CacheConfig, EngineConfig, LoadConfig, LoRAConfig
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -58,7 +58,7 @@ def test_console_script_is_importable() -> None:
 
 
 def test_engine_options_of_the_command_line_are_arguments_of_the_llm() -> None:
-    options = {field.name for config in (LoadConfig, CacheConfig, EngineConfig) for field in fields(config)}
+    options = {field.name for config in (LoadConfig, CacheConfig, LoRAConfig, EngineConfig) for field in fields(config)}
     assert ENGINE_OPTIONS.keys() <= options | inspect.signature(qwen2_jax.LLM).parameters.keys()
 
 

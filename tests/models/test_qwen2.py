@@ -10,6 +10,15 @@ import pytest
 from flax import nnx
 
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.models.adapters import (
+    LoRABatch,
+    PageUse,
+    StepAdapters,
+    TokenGroup,
+    build_lora_tables,
+    init_banks,
+    table_sizes,
+)
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.models.qwen2 import FlashQwen2ForCausalLM, FlashQwen2ForEmbeddings, KVCache, pool_sum
 from scripts.make_tiny_model import tiny_config
@@ -111,3 +120,32 @@ def test_embeddings_are_the_projected_means_of_each_prompt() -> None:
 def test_pooling_leaves_padding_out() -> None:
     hidden = jnp.concatenate([jnp.ones((8, 3)), jnp.full((2, 3), jnp.nan)])
     np.testing.assert_array_equal(pool_sum(hidden, make_batch()), [[5.0] * 3, [3.0] * 3])
+
+
+def test_adapters_are_added_for_their_tokens_alone(model: FlashQwen2ForCausalLM, config: ModelConfig) -> None:
+    """The first prompt's tokens use page 1: their logits are those of a model with that page in its weights."""
+    rng = np.random.default_rng(0)
+    empty = init_banks(config, 1, "float32", num_pages=2, num_vectors=1)
+    banks = jax.tree.map(lambda bank: jnp.array(rng.normal(0, 0.2, bank.shape), bank.dtype), empty)
+    merged = nnx.clone(model)
+    for layer, bank in zip(merged.model.layers, banks, strict=True):
+        attention, mlp, slots = layer.self_attn, layer.mlp, [0] * config.num_queries_per_kv + [1, 2]
+        kernels = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        parts = (bank.qkv, bank.o, bank.gate_up, bank.down)
+        equations = ("srd,rksh->kshd", "rkgh,rd->dkgh", "crd,rcf->cfd", "rf,rd->df")
+        for kernel, part, equation in zip(kernels, parts, equations, strict=True):
+            a = {1: part.a[1, 0], 2: part.a[1], 3: part.a[1][jnp.array(slots)]}[part.a.shape[1]]
+            kernel.kernel[...] += jnp.einsum(equation, a, part.b[1])
+    tokens, sizes = np.array([0] * 5 + [-1] * 3), table_sizes(8, max_groups=1, max_pages=1)
+    tables = build_lora_tables(tokens, [TokenGroup(pages=(PageUse(page=1, modules=127),))], sizes)
+    adapters = StepAdapters(
+        layers=banks,
+        tables=LoRABatch(**jax.tree.map(jnp.array, tables), tile=sizes.tile, max_pages=1),
+        scale_rows=jnp.full(8, -1),
+    )
+    (found, _), _ = model(make_batch(), make_cache(config), adapters=adapters)
+    (changed, _), _ = merged(make_batch(), make_cache(config))
+    (plain, _), _ = model(make_batch(), make_cache(config))
+    np.testing.assert_allclose(found[:5], changed[:5], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[5:], plain[5:], rtol=1e-4, atol=1e-5)
+    assert np.abs(changed[:5] - plain[:5]).max() > 0.1
