@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from qwen2_jax.errors import AdapterError, RequestError
 from qwen2_jax.llm import LLM
 from qwen2_jax.lora.files import CONFIG, WEIGHTS
-from qwen2_jax.types import LoRARequest, RequestOutput
+from qwen2_jax.types import LoRARequest, RequestOutput, SamplingParams
 from tests.integration.golden import check_idle, greedy, load, tokens_of
 from tests.integration.test_adapters import adapter, golden
 from tests.lora.adapters import ADAPTERS, Q_PROJ, read_tensors, write_adapter, zeros
@@ -133,11 +133,13 @@ def test_files_that_go_while_a_request_waits(llm: LLM, tmp_path: Path, fault: st
         loop = asyncio.get_running_loop()
         holding = loop.run_in_executor(None, llm._engine.call, lambda _: (held.set(), release.wait(LIMIT_S)))
         assert await asyncio.to_thread(held.wait, LIMIT_S)
-        streams = [asyncio.create_task(last_tokens(llm, request)) for request in (lost, None, lost)]
+        several = SamplingParams(seed=1, n=3, max_tokens=4, detokenize=False)
+        work = ((lost, greedy(12)), (None, greedy(12)), (lost, several))
+        streams = [asyncio.create_task(last_tokens(llm, request, params)) for request, params in work]
         await asyncio.to_thread(wait_until, lambda: inbox.qsize() == 3)
         for request, _ in others:
             await asyncio.to_thread(manager.find, request)
-        streams.append(asyncio.create_task(last_tokens(llm, others[0][0])))
+        streams.append(asyncio.create_task(last_tokens(llm, others[0][0], greedy(12))))
         await asyncio.to_thread(wait_until, lambda: inbox.qsize() == 4)
         if fault == "gone":
             shutil.rmtree(lost.lora_path)
@@ -154,11 +156,11 @@ def test_files_that_go_while_a_request_waits(llm: LLM, tmp_path: Path, fault: st
     assert other == tokens_of(llm.generate([1, 2, 3], greedy(12), lora_request=others[0][0], use_tqdm=False))[0][0]
 
 
-async def last_tokens(llm: LLM, request: LoRARequest | None) -> list[int] | AdapterError:
+async def last_tokens(llm: LLM, request: LoRARequest | None, params: SamplingParams) -> list[int] | AdapterError:
     """Return the tokens of a stream, or the error that it ends with."""
     outputs: list[RequestOutput] = []
     try:
-        async for output in llm.stream({"prompt_token_ids": [1, 2, 3]}, greedy(12), lora_request=request):
+        async for output in llm.stream({"prompt_token_ids": [1, 2, 3]}, params, lora_request=request):
             outputs.append(output)
     except AdapterError as error:
         return error

@@ -265,17 +265,14 @@ def test_random_use_loses_nothing(make: Callable[..., Adapters], seed: int) -> N
     adapters, rng = make(num_pages=4, max_on_host=3), np.random.default_rng(seed)
     for index, name in enumerate("abcdefgh"):
         adapters.write(name, rank=[2, 17, 16, 30][index % 4])
-    known, in_use = [], []
+    known, in_use, actions = [], [], ["find", "acquire", "acquire", "release", "release", "unload"]
     for _ in range(150):
-        action, name = (
-            rng.choice(["find", "acquire", "acquire", "release", "release", "unload"]),
-            rng.choice(list("abcdefgh")),
-        )
+        action, name = rng.choice(actions), rng.choice(list("abcdefgh"))
         if action == "find":
             known.append(adapters.find(name))
         elif action == "acquire" and known:
             entry = known[rng.integers(len(known))]
-            outcome = adapters.manager.acquire(entry)
+            outcome = (adapters.manager.acquire if rng.random() < 0.3 else adapters.acquire)(entry)
             assert outcome is not FAILED
             in_use += [entry] * (outcome is READY)
         elif action == "release" and in_use:
@@ -289,4 +286,4 @@ def test_random_use_loses_nothing(make: Callable[..., Adapters], seed: int) -> N
         adapters.manager.release(entry)
     adapters.use(adapters.find("b"), adapters.find("d"))
     adapters.check()
-    assert adapters.manager.stats().num_loads > 10
+    assert adapters.manager.stats().num_loads > 10 and adapters.manager.stats().num_evictions > 0
