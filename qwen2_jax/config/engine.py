@@ -233,6 +233,11 @@ def split_options(options: Mapping[str, Any]) -> tuple[LoadConfig, EngineConfig]
         return {name: value for name, value in options.items() if name in names}
 
     parts = {"cache": CacheConfig(**pick(cache)), "lora": LoRAConfig(**pick(lora))}
+    for name in lora - {"enable_lora"}:
+        if options.get(name) is not None and not options.get("enable_lora"):
+            raise ConfigError(
+                f"{name}={options[name]!r} has no effect without adapters; add enable_lora=True, or leave it out"
+            )
     return LoadConfig(**pick(load)), EngineConfig(**parts, **pick(engine))
 
 

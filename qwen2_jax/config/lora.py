@@ -25,7 +25,8 @@ class LoRAConfig:
     max_full_vocab: int = 0
     """Adapters with whole embeddings or heads of their own (`modules_to_save`) that the device has room for."""
     max_cpu_loras: int | None = None
-    """Adapters that are kept in host memory, at least `max_loras`. None: four times those that the device holds."""
+    """Adapters that are kept in host memory, at least `max_loras`. None: four times those that the device holds,
+    as far as half of the host's free memory reaches."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.enable_lora, bool):

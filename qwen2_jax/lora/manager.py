@@ -20,7 +20,7 @@ from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.lora.room import Room
 from qwen2_jax.lora.sizes import LoRASizes
-from qwen2_jax.lora.staging import Staging
+from qwen2_jax.lora.staging import UNWANTED_SECONDS, Staging
 from qwen2_jax.lora.vocab import vocab_ranks
 from qwen2_jax.types import LoRARequest
 
@@ -88,7 +88,10 @@ class AdapterManager:
         if entry.error is not None:
             return Admission.FAILED
         if not entry.is_resident:
-            self._waiting_since.setdefault(entry, time.monotonic())
+            now = time.monotonic()
+            if now - entry.last_wanted > UNWANTED_SECONDS:  # whoever waited before has given up
+                self._waiting_since.pop(entry, None)
+            self._waiting_since.setdefault(entry, now)
             outcome = self._bring(entry)
             if outcome is not Admission.READY:
                 return outcome

@@ -3,12 +3,18 @@
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
+from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import LoRAConfig, ModelConfig
-from qwen2_jax.models.adapters import TableSizes, bank_shapes, table_sizes
+from qwen2_jax.errors import CapacityError
+from qwen2_jax.models.adapters import PROJECTIONS, TableSizes, bank_shapes, bank_specs, table_sizes
+from qwen2_jax.models.vocab_adapters import WIDE, VocabBanks, vocab_bank_shapes, vocab_bank_specs
+from qwen2_jax.parallel import TP
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +60,9 @@ class LoRASizes:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         fitting = _ON_CPU if limit is None else min(max(int(_MEMORY_SHARE * limit) // each, 1), _MOST)
         count = options.max_loras or fitting
-        logger.info(
-            "adapters: room for %d of rank %d, %.2f GiB on each device", count, options.max_lora_rank,
-            count * each / 2**30,
-        )  # fmt: skip
-        return cls(
+        free_on_host = psutil.virtual_memory().available
+        largest_host_share = max(free_on_host // 2 // (each * tp), count)
+        sizes = cls(
             num_pages=count * options.max_pages,
             num_vectors=count,
             max_pages=options.max_pages,
@@ -66,7 +70,39 @@ class LoRASizes:
             num_vocab_pages=options.max_vocab_loras * options.max_pages,
             num_vocab_vectors=options.max_vocab_loras,
             num_full_vocab=options.max_full_vocab,
-            max_on_host=options.max_cpu_loras or 4 * count * options.max_pages,
+            max_on_host=options.max_cpu_loras or min(4 * count * options.max_pages, largest_host_share),
+        )
+        needed, free = sizes.bank_bytes(model, dtype, tp), free_on_host if limit is None else _free_bytes()
+        if needed > free:
+            raise CapacityError(
+                f"room for {count} adapters of rank {options.max_lora_rank}, {options.max_vocab_loras} of embeddings "
+                f"or head and {options.max_full_vocab} whole ones takes {needed / 2**30:.2f} GiB on each device, and "
+                f"{free / 2**30:.2f} are free; lower max_loras, max_lora_rank, max_vocab_loras or max_full_vocab"
+            )
+        logger.info(
+            "adapters: room for %d of rank %d, %.2f GiB on each device, %d on the host",
+            count, options.max_lora_rank, needed / 2**30, sizes.max_on_host,
+        )  # fmt: skip
+        return sizes
+
+    def bank_bytes(self, model: ModelConfig, dtype: str, tp: int) -> int:
+        """Return the bytes that all banks take on each device."""
+        size = jnp.dtype(dtype).itemsize
+        shapes, specs = bank_shapes(model, tp, num_pages=self.num_pages, num_vectors=self.num_vectors), bank_specs()
+        layer = sum(
+            _shard(getattr(getattr(shapes, name), kind), getattr(getattr(specs, name), kind), tp) * width
+            for name in PROJECTIONS
+            for kind, width in (("a", size), ("b", size), ("bias", 4), ("scale", 4))
+        )
+        vocab_sizes = {"num_pages": self.num_vocab_pages, "num_full": self.num_full_vocab}
+        vocab = vocab_bank_shapes(
+            model, tp, **vocab_sizes, num_vectors=self.num_vocab_vectors, max_pages=self.max_pages
+        )
+        vocab_specs = vocab_bank_specs()
+        names = VocabBanks.__dataclass_fields__ if self.has_vocab else ()
+        return model.num_hidden_layers * layer + sum(
+            _shard(getattr(vocab, name), getattr(vocab_specs, name), tp) * (4 if name in WIDE else size)
+            for name in names
         )
 
     def tables(self, tokens: int, rows: int) -> TableSizes:
@@ -85,11 +121,20 @@ class LoRASizes:
 
 def _page_bytes(model: ModelConfig, dtype: str, tp: int) -> int:
     """Return the bytes of a page on each device, all layers."""
-    shapes = bank_shapes(model, tp, num_pages=1, num_vectors=1)
-    split = {("qkv", "b"), ("o", "a"), ("gate_up", "b"), ("down", "a")}
-    total = 0
-    for name in ("qkv", "o", "gate_up", "down"):
-        for kind in ("a", "b"):
-            size = math.prod(getattr(getattr(shapes, name), kind))
-            total += size // tp if (name, kind) in split else size
+    shapes, specs = bank_shapes(model, tp, num_pages=1, num_vectors=1), bank_specs()
+    total = sum(
+        _shard(getattr(getattr(shapes, name), kind), getattr(getattr(specs, name), kind), tp)
+        for name in PROJECTIONS
+        for kind in ("a", "b")
+    )
     return model.num_hidden_layers * total * jnp.dtype(dtype).itemsize
+
+
+def _shard(shape: Any, spec: P, tp: int) -> int:
+    """Return the elements of an array of `shape` that each device has."""
+    return math.prod(shape) // (tp if TP in spec else 1)
+
+
+def _free_bytes() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -12,6 +12,7 @@ MAX_STAGED = 4
 """Adapters that are copied to the devices at a time: each takes its size once more until it is in its pages."""
 UNWANTED_SECONDS = 1.0
 """How long a copy waits on the devices for someone who wants it."""
+_NOTHING_PENDING_SECONDS = 0.001
 
 
 class Staging:
@@ -47,7 +48,7 @@ class Staging:
         made = threading.Event()
         for future in pending:
             future.add_done_callback(lambda _: made.set())
-        made.wait(seconds)
+        made.wait(seconds if pending else _NOTHING_PENDING_SECONDS)
 
     def close(self) -> None:
         """Stop the threads."""

@@ -19,6 +19,8 @@ from qwen2_jax.parallel import TP, pad_to_multiple
 
 EMBED, HEAD = LoRAProjection(modules=(0,)), LoRAProjection(modules=(1,))
 """The two modules of a page of this kind, by their bits."""
+WIDE = ("embed_scale", "head_scale", "head_bias")
+"""The banks that are float32 whatever the model's dtype."""
 
 
 @jax.tree_util.register_dataclass
@@ -98,8 +100,7 @@ def vocab_bank_specs() -> VocabBanks:
 
 def init_vocab_banks(shapes: VocabBanks, dtype: str) -> VocabBanks:
     """Return empty banks of `vocab_bank_shapes`."""
-    wide = ("embed_scale", "head_scale", "head_bias")
     names = VocabBanks.__dataclass_fields__
     return VocabBanks(
-        **{name: jnp.zeros(getattr(shapes, name), jnp.float32 if name in wide else dtype) for name in names}
+        **{name: jnp.zeros(getattr(shapes, name), jnp.float32 if name in WIDE else dtype) for name in names}
     )

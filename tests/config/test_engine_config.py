@@ -128,6 +128,15 @@ def test_what_is_not_built_is_refused_by_name(option: str, value: Any, message: 
         split_options({option: value})
 
 
+@pytest.mark.parametrize("option", ["max_loras", "max_lora_rank", "max_cpu_loras", "max_vocab_loras", "max_full_vocab"])
+def test_an_option_of_adapters_without_adapters_is_refused(option: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{option}=64 has no effect without adapters; add enable_lora=True, or leave it out"
+    ):
+        split_options({option: 64})
+    split_options({option: 64, "enable_lora": True})
+
+
 def test_asking_for_nothing_that_is_not_built_is_fine() -> None:
     nothing = {"enable_lora": False, "max_loras": None, "pipeline_parallel_size": 1, "swap_space": 0}
     assert split_options(nothing) == split_options({}) == (LoadConfig(), EngineConfig())

@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2_jax.config import LoRAConfig
+from qwen2_jax.errors import CapacityError
 from qwen2_jax.lora.sizes import LoRASizes
-from qwen2_jax.models.adapters import PageUse, TokenGroup, build_lora_tables
+from qwen2_jax.models.adapters import PageUse, TokenGroup, build_lora_tables, init_banks
+from qwen2_jax.models.vocab_adapters import init_vocab_banks, vocab_bank_shapes
 from tests.lora.adapters import base_config
 
 CONFIG = base_config()
@@ -39,10 +42,39 @@ def test_without_max_loras_a_tenth_of_the_memory_is_used(
     monkeypatch: pytest.MonkeyPatch, tp: int, dtype: str, tenths: float, count: int
 ) -> None:
     each = 4 * 3 * (_REPLICATED + _SPLIT // tp) * (2 if dtype == "bfloat16" else 4)
-    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": int(10 * each * tenths)})
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": int(10 * each * tenths), "bytes_in_use": 0})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert make(tp, dtype).num_vectors == count
-    assert make(tp, dtype, max_loras=7).num_vectors == 7
+    assert make(tp, dtype, max_loras=3).num_vectors == 3
+
+
+def test_more_than_is_free_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"bytes_limit": 1 << 30, "bytes_in_use": (1 << 30) - (3 << 20)}
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
+    assert make(max_loras=2).num_vectors == 2
+    with pytest.raises(CapacityError, match=r"room for 30 adapters of rank 64.* free; lower max_loras, max_lora_rank"):
+        make(max_loras=30)
+    with pytest.raises(CapacityError, match="2000 whole ones takes"):
+        make(max_loras=2, max_full_vocab=2000)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_bank_bytes_are_those_that_are_allocated(tp: int) -> None:
+    sizes = make(max_loras=3, max_vocab_loras=2, max_full_vocab=1)
+    banks = init_banks(CONFIG, 1, "bfloat16", num_pages=sizes.num_pages, num_vectors=sizes.num_vectors)
+    shapes = vocab_bank_shapes(
+        CONFIG, 1, num_pages=sizes.num_vocab_pages, num_full=1, num_vectors=2, max_pages=sizes.max_pages
+    )
+    taken = sum(leaf.nbytes for leaf in jax.tree.leaves((banks, init_vocab_banks(shapes, "bfloat16"))))
+    reckoned = sizes.bank_bytes(CONFIG, "bfloat16", tp)
+    assert taken <= reckoned <= 1.1 * taken if tp == 1 else taken / 2 <= reckoned < 0.9 * taken
+
+
+def test_the_host_keeps_what_half_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = 4 * 3 * (_REPLICATED + _SPLIT) * 4
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * each))
+    assert make(max_loras=3).max_on_host == 10
+    assert make(max_loras=12).max_on_host == 12
 
 
 def test_a_device_that_does_not_tell_its_memory_has_room_for_eight() -> None:
