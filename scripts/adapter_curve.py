@@ -9,7 +9,6 @@ adapters. "registered": requests whose adapters are drawn by Zipf's law from tha
 """
 
 import argparse
-import importlib.util
 import json
 import tempfile
 import time
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 from benchmarking.record import write_record
 
-from qwen2_jax import LLM, LoRARequest, SamplingParams
+from qwen2_jax import LLM, LoRARequest
+from scripts.adapters_workload import draw_prompts, generate, load_workload, start_engine, write_linked_adapters
 
 DISTINCT = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 REGISTERED = (1, 8, 64, 500, 2000)
@@ -27,36 +27,11 @@ REQUESTS, ZIPF = 512, 1.1
 PROMPT, STEPS = 64, 64
 
 
-def load_workload(path: Path) -> Any:
-    """Return the module that knows the geometries and writes models and adapters."""
-    spec = importlib.util.spec_from_file_location("workload", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_adapters(folder: Path, workload: Any, geometry: str, count: int) -> list[LoRARequest]:
-    """Write one adapter, and `count` that share its weights."""
-    workload.write_adapter(str(folder / "shared"), geometry, 16, 0)
-    config = json.loads((folder / "shared" / "adapter_config.json").read_text())
-    requests = []
-    for index in range(count):
-        path = folder / str(index)
-        path.mkdir()
-        (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16 + index / 1000}))
-        (path / "adapter_model.safetensors").symlink_to(folder / "shared" / "adapter_model.safetensors")
-        requests.append(LoRARequest(f"adapter{index}", index + 1, str(path)))
-    return requests
-
-
 def run(llm: LLM, adapters: list[LoRARequest | None], new_tokens: int) -> float:
     """Generate one row per entry of `adapters`; return the seconds that it takes."""
-    rng = np.random.default_rng(0)
-    prompts: Any = [{"prompt_token_ids": rng.integers(1000, 90000, PROMPT).tolist()} for _ in adapters]
-    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0.0, detokenize=False)
+    prompts = draw_prompts(np.random.default_rng(0), len(adapters), PROMPT)
     start = time.perf_counter()
-    llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+    generate(llm, prompts, adapters, new_tokens)
     return time.perf_counter() - start
 
 
@@ -74,11 +49,16 @@ def measure_registered(llm: LLM, requests: list[LoRARequest], registered: int) -
     rng = np.random.default_rng(registered)
     shares = 1 / np.arange(1, registered + 1) ** ZIPF
     drawn = rng.choice(registered, REQUESTS, p=shares / shares.sum())
+    before = llm.lora_stats()
     seconds = run(llm, [requests[index] for index in drawn], STEPS)
-    stats = llm.lora_stats()
+    after = llm.lora_stats()
     row = {"kind": "registered", "adapters": registered, "distinct": len(set(drawn.tolist()))}
     rate = round(REQUESTS * STEPS / seconds, 1)
-    return row | {"tokens/s": rate, "loads": stats.num_loads, "evictions": stats.num_evictions}
+    return row | {
+        "tokens/s": rate,
+        "loads": after.num_loads - before.num_loads,
+        "evictions": after.num_evictions - before.num_evictions,
+    }
 
 
 def main() -> None:
@@ -93,32 +73,28 @@ def main() -> None:
     arguments = parser.parse_args()
     workload = load_workload(arguments.workload)
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        workload.write_model(str(model), arguments.geometry)
-        requests = write_adapters(Path(folder), workload, arguments.geometry, max(REGISTERED))
-        llm = LLM(
-            str(model),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
+        requests = write_linked_adapters(Path(folder), workload, arguments.geometry, max(REGISTERED))
+        llm = start_engine(
+            workload,
+            arguments.geometry,
+            Path(folder),
             max_model_len=1024,
             max_num_seqs=arguments.rows,
-            max_num_batched_tokens=2048,
-            enable_prefix_caching=False,
-            enable_lora=True,
             max_loras=arguments.max_loras,
-            max_lora_rank=16,
             max_cpu_loras=arguments.max_cpu_loras,
         )
-        rows = []
+        rows: list[dict[str, Any]] = []
+
+        def report(row: dict[str, Any]) -> None:
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write_record(arguments.out, rows, geometry=arguments.geometry, rows_per_batch=arguments.rows)
+
         for distinct in (count for count in DISTINCT if count <= min(arguments.rows, arguments.max_loras)):
-            rows.append(measure_batch(llm, requests, distinct, arguments.rows))
-            print(json.dumps(rows[-1]), flush=True)
+            report(measure_batch(llm, requests, distinct, arguments.rows))
         for registered in REGISTERED:
-            rows.append(measure_registered(llm, requests, registered))
-            print(json.dumps(rows[-1]), flush=True)
+            report(measure_registered(llm, requests, registered))
         llm.shutdown()
-    write_record(arguments.out, rows, geometry=arguments.geometry, rows_per_batch=arguments.rows)
 
 
 if __name__ == "__main__":

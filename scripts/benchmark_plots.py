@@ -24,6 +24,8 @@ PLOTS = {
     "attention_time": "Time of decode attention against the tokens of context",
     "kernel_shares": "Share of the limit that the fastest kernels reach, by tokens",
     "attention_shares": "Share of the limit that the fastest attention kernels reach, by step",
+    "adapters_distinct": "Decoding speed against the distinct adapters of a batch",
+    "adapters_registered": "Speed against the adapters that requests are drawn from",
 }
 """The plots by name, with what they show."""
 NEEDED_OPS = {
@@ -32,6 +34,8 @@ NEEDED_OPS = {
     "attention_shares": "paged_attention_decode",
 }
 """The plots made from records of kernels, and the op that a record must have for them."""
+CURVES = {"adapters_distinct": "batch", "adapters_registered": "registered"}
+"""The plots made from the record of `adapter_curve.py`, and the kind of its rows that they show."""
 
 
 def available(read: Read) -> list[str]:
@@ -49,6 +53,8 @@ def write_plots(read: Read, folder: Path) -> None:
         "attention_time": _attention_time,
         "kernel_shares": _kernel_shares,
         "attention_shares": _attention_shares,
+        "adapters_distinct": _adapters_distinct,
+        "adapters_registered": _adapters_registered,
     }
     with matplotlib.rc_context(STYLE):
         for name in available(read):
@@ -58,6 +64,9 @@ def write_plots(read: Read, folder: Path) -> None:
 
 def _records(read: Read, plot: str) -> dict[str, Record]:
     """Return the records that a plot is made from, by geometry."""
+    if plot in CURVES:
+        curve = read("adapter_curve")
+        return {} if curve is None else {curve["geometry"]: curve}
     kind = "kernels" if plot in NEEDED_OPS else "yardstick"
     found = {name: record for name in GEOMETRIES if (record := read(f"{kind}_{name}")) is not None}
     if plot not in NEEDED_OPS:
@@ -108,6 +117,42 @@ def _step_time(records: dict[str, Record]) -> Any:
         axes.set_title(f"{name.upper()} geometry")
         axes.legend(loc="upper left")
     return figure
+
+
+def _adapters_distinct(records: dict[str, Record]) -> Any:
+    figure, grid = _figure(1, len(records), 3.4, width=6)
+    for axes, (name, record) in zip(grid[0], records.items(), strict=True):
+        rates = {row["adapters"]: row["tokens/s"] for row in record["rows"] if row["kind"] == "batch"}
+        counts = [count for count in rates if count]
+        axes.plot(counts, [rates[count] for count in counts], "o-", color=OURS, label="with adapters", markersize=4)
+        axes.axhline(rates[0], linestyle="--", color=FLOOR, label="without")
+        _ticks(axes, counts, f"distinct adapters of {record['rows_per_batch']} rows")
+        _finish_curve(axes, name)
+    return figure
+
+
+def _adapters_registered(records: dict[str, Record]) -> Any:
+    figure, grid = _figure(1, len(records), 3.4, width=6)
+    for axes, (name, record) in zip(grid[0], records.items(), strict=True):
+        rows = [row for row in record["rows"] if row["kind"] == "registered"]
+        counts = [row["adapters"] for row in rows]
+        axes.plot(
+            counts, [row["tokens/s"] for row in rows], "o-", color=OURS, label="drawn by Zipf's law", markersize=4
+        )
+        for row in rows:
+            place = (row["adapters"], row["tokens/s"])
+            axes.annotate(f"{row['loads']} loads", place, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        _ticks(axes, counts, "registered adapters")
+        _finish_curve(axes, name)
+    return figure
+
+
+def _finish_curve(axes: Any, geometry: str) -> None:
+    axes.margins(x=0.08, y=0.15)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("output tokens/s")
+    axes.set_title(f"{geometry.upper()} geometry")
+    axes.legend(loc="lower left")
 
 
 def _attention_time(records: dict[str, Record]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from scripts import yardstick
 
 GEOMETRIES = ("7b", "0.5b")
-OPS = ("linear", "norm_linear", "rms_norm", "write_kv", "paged_attention", "flash_attention")
+OPS = ("linear", "norm_linear", "rms_norm", "write_kv", "paged_attention", "flash_attention", "lora")
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 Read = Callable[[str], Record | None]
@@ -34,7 +34,10 @@ def make_tables(read: Read, link: str) -> dict[str, str]:
     tables["accuracy"] = accuracy_table(read("accuracy"), link_to)
     for name in GEOMETRIES:
         tables[f"yardstick-{name}"] = yardstick_table(name, read(f"yardstick_{name}"), link_to)
+        tables[f"adapters-{name}"] = adapters_table(name, read(f"adapters_{name}"), link_to)
         tables[f"kernels-{name}"] = kernels_table(name, kernels[name], link_to)
+    tables["adapters-idle"] = idle_table(read)
+    tables["adapter-loading"] = loading_table(read, link_to)
     return tables | {op: op_table(op, found, link) for op in OPS}
 
 
@@ -49,7 +52,8 @@ def _source(link: str, name: str, record: Record) -> str:
     """Say where a record comes from."""
     versions = [f"{key} {record['versions'][key]}" for key in ("jax", "triton") if key in record["versions"]]
     known = ", ".join([_run(record), *versions])
-    return f"{known}; `{record['command']}` ([JSON]({link}/{name}.json))"
+    note = f"; {record['note']}" if "note" in record else ""
+    return f"{known}; `{record['command']}` ([JSON]({link}/{name}.json)){note}"
 
 
 def _run(record: Record) -> str:
@@ -74,6 +78,84 @@ def yardstick_table(geometry: str, record: Record | None, source: Source) -> str
         ratio = f"{value / vllm[metric]:.2f}" if metric in vllm else "-"
         lines.append((metric, *(yardstick.format_figure(metric, figure) for figure in figures), ratio))
     return f"{source(f'yardstick_{geometry}', record)}\n\n{markdown(lines)}"
+
+
+def adapters_table(geometry: str, record: Record | None, source: Source) -> str:
+    """Return one row for each goal of adapters, beside the same engine's figure while none is used."""
+    if record is None:
+        return ""
+    header = f"{geometry.upper()} geometry, 16 ranks on all seven projections"
+    lines: list[Sequence[str]] = [
+        (header, "floor", "vLLM", "goal", "measured", "measured / vLLM", "measured, none used")
+    ]
+    none_used = yardstick.metrics(record["rows"])
+    for used in (1, 8, yardstick.ADAPTERS):
+        found, vllm = (
+            yardstick.metrics(record["rows"], used),
+            yardstick.vllm_metrics(geometry, yardstick.ADAPTERS, used),
+        )
+        for metric, row in yardstick.goals(geometry, used).items():
+            value = found.get(metric)
+            ratio = "-" if value is None or metric not in vllm else f"{value / vllm[metric]:.2f}"
+            figures = [row.get("limit"), vllm.get(metric), row["goal"], value]
+            cells = [yardstick.format_figure(metric, figure) for figure in [*figures, none_used.get(metric)]]
+            lines.append((yardstick.with_adapters(metric, used), *cells[:-1], ratio, cells[-1]))
+    return f"{source(f'adapters_{geometry}', record)}\n\n{markdown(lines)}"
+
+
+def idle_table(read: Read) -> str:
+    """Return what room for adapters costs that nobody uses: the same measurements with and without it."""
+    lines: list[Sequence[str]] = [("measurement", "without room", "with room", "with / without", "goal")]
+    sources = []
+    for name in GEOMETRIES:
+        without, room = read(f"yardstick_{name}"), read(f"adapters_{name}")
+        if without is None or room is None:
+            continue
+        sources += [f"{name.upper()}: {_run(without)}, and {_run(room)}"]
+        before = yardstick.metrics(without["rows"])
+        for metric, value in yardstick.metrics(room["rows"]).items():
+            if metric in before and not metric.startswith("start"):
+                goal = 1 / yardstick.IDLE_GOAL if "tokens/s" in metric else yardstick.IDLE_GOAL
+                figures = (yardstick.format_figure(metric, figure) for figure in (before[metric], value))
+                lines.append((f"{name.upper()}, {metric}", *figures, f"{value / before[metric]:.2f}", f"{goal:.2f}"))
+    return f"{'; '.join(sources)}\n\n{markdown(lines)}" if sources else ""
+
+
+def loading_table(read: Read, source: Source) -> str:
+    """Return what an adapter costs that is new, and what others pay while adapters come."""
+    parts = []
+    for name in GEOMETRIES:
+        record = read(f"adapter_loading_{name}")
+        if record is None:
+            continue
+        title = f"{name.upper()} geometry, {record['adapter_mb']} MB an adapter"
+        first: list[Sequence[str]] = [
+            (f"{title}: first token (ms)", "new", "resident", "loading", "largest", "reading", "copy", "goal")
+        ]
+        steps: list[Sequence[str]] = [
+            (
+                f"{title}: decode while adapters come from",
+                "loads/s",
+                "step (ms)",
+                "95 % (ms)",
+                "ratio",
+                "ratio of 95 %",
+                "goal",
+            )
+        ]
+        for row in record["rows"]:
+            if row["kind"] == "first token":
+                names = ("new", "resident", "loading", "loading_max", "find", "wait")
+                goal = str(yardstick.LOADING_GOAL_MS) if (name, row["files"]) == ("7b", "in memory") else "-"
+                first.append((f"files {row['files']}", *(f"{row[f'{key}_ms']:.1f}" for key in names), goal))
+            else:
+                figures = (row[key] for key in ("step_ms", "step_p95_ms", "step_ratio", "step_p95_ratio"))
+                goal = "-" if row["source"] == "none" else f"{yardstick.STREAMING_GOAL:.2f}"
+                label = row["source"] if row["rate"] is None else f"{row['source']}, {row['rate']:g} a second"
+                rate = f"{row['loads_per_s']:.1f}"
+                steps.append((f"{row['rows']} rows, {label}", rate, *(f"{x:.2f}" for x in figures), goal))
+        parts.append(f"{source(f'adapter_loading_{name}', record)}\n\n{markdown(first)}\n{markdown(steps)}")
+    return "\n".join(parts)
 
 
 def xla_table(record: Record | None, source: Source) -> str:

@@ -9,9 +9,15 @@ Parts, each of which can be asked for alone with `--part`:
 - kernels: the shapes of `kernels/bench.py` that tell how each op does.
 - yardstick-7b, yardstick-0.5b: `workload.py`, beside vLLM and the goals, and a second start from a warm cache.
 
-It needs no network. Each part has a budget and is stopped when that is spent; all end within ten minutes on an H100
-with 16 cores. It prints tables, writes a JSON file and logs for each part, and exits with 1 if a check failed, naming
-it. A goal that is missed is shown, and is no failure.
+These five are "all". The others run only when they are asked for, each longer than what is left of ten minutes:
+
+- adapters-7b, adapters-0.5b: `workload.py` with 32 adapters, beside vLLM and the goals; up to 420 and 200 s.
+- adapter-curve: `adapter_curve.py` for 0.5B; up to 420 s.
+- adapter-loading: `adapter_loading.py` for 7B; up to 300 s.
+
+It needs no network. Each part has a budget and is stopped when that is spent: those of "all" are eleven minutes
+together, meant for an H100 with 16 cores. It prints tables, writes a JSON file and logs for each part, and exits with 1
+if a check failed, naming it. A goal that is missed is shown, and is no failure.
 """
 
 import argparse
@@ -32,11 +38,14 @@ from typing import Any
 
 from benchmarking.record import ROOT, write_record
 
-from scripts.yardstick import format_text, metrics, table
+from scripts.yardstick import ADAPTERS, format_text, metrics, table, with_adapters
 
 SHARES_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
 """For processes that run beside others."""
 GEOMETRIES = ("7b", "0.5b")
+PARTS = ("suite", "accuracy", "kernels", *(f"yardstick-{geometry}" for geometry in GEOMETRIES))
+"""Those that run when none is named."""
+ADAPTER_PARTS = (*(f"adapters-{geometry}" for geometry in GEOMETRIES), "adapter-curve", "adapter-loading")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +183,7 @@ def check_yardstick(geometry: str, workload: Path, out: Path, budget: float) -> 
         for name, extra in (("", ()), ("_second_start", ("--skip", "decode,prefill,mixed"))):
             arguments = ("--engine", "qwen2_jax", "--geometry", geometry, "--out", f"{folder}/rows.json", *extra)
             result = runner.python(f"yardstick_{geometry}{name}", workload, *arguments, env=environment)
-            found = [json.loads(line) for line in result.output.splitlines() if line.startswith('{"')]
+            found = _json_lines(result.output)
             rows += [row | {"cached": True} for row in found[:1]] if extra else found
             failed += result.failures
             if result.failures:
@@ -184,26 +193,56 @@ def check_yardstick(geometry: str, workload: Path, out: Path, budget: float) -> 
     return failed
 
 
+def check_adapters(geometry: str, workload: Path, out: Path, budget: float) -> list[str]:
+    """Run the workload with adapters; what was measured when the time was over is kept."""
+    name = f"adapters_{geometry}"
+    options = ("--adapters", str(ADAPTERS), "--batches", "1,8,32,128", "--out", out / f"{name}_rows.json")
+    result = Runner(out, budget).python(name, workload, "--engine", "qwen2_jax", "--geometry", geometry, *options)
+    rows = _json_lines(result.output)
+    write_record(out / f"{name}.json", rows)
+    for used in (0, 1, 8, ADAPTERS):
+        header, *lines = table(geometry, metrics(rows, used), used)
+        lines = [(with_adapters(metric, used), *cells) for metric, *cells in lines if not metric.startswith("start")]
+        print(format_text([header, *lines]), flush=True)
+    return result.failures
+
+
+def check_script(script: str, record: str, geometry: str, workload: Path, out: Path, budget: float) -> list[str]:
+    """Run a script of measurements that writes a record of its own, and show its rows."""
+    options = ("--geometry", geometry, "--workload", workload, "--out", out / f"{record}.json")
+    result = Runner(out, budget).python(record, f"scripts/{script}.py", *options)
+    print("\n".join(map(json.dumps, _json_lines(result.output))), flush=True)
+    return result.failures
+
+
+def _json_lines(output: str) -> list[dict[str, Any]]:
+    """Return the rows that a script has printed, one a line."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith('{"')]
+
+
 def main() -> None:
     """Run the parts and say what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("suite", "accuracy", "kernels", *(f"yardstick-{geometry}" for geometry in GEOMETRIES))
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON files and logs")
-    parser.add_argument("--part", choices=[*parts, "all"], default="all")
+    parser.add_argument("--part", choices=[*PARTS, *ADAPTER_PARTS, "all"], default="all")
     parser.add_argument("--workload", type=Path, default=Path(__file__).parent / "workload.py")
     arguments = parser.parse_args()
     out, workload = arguments.out.resolve(), arguments.workload.resolve()
     out.mkdir(parents=True, exist_ok=True)
 
     checks: dict[str, Callable[[], list[str]]] = {
-        "suite": lambda: check_suite(out, 200),
-        "accuracy": lambda: check_accuracy(out, 200),
+        "suite": lambda: check_suite(out, 260),
+        "accuracy": lambda: check_accuracy(out, 260),
         "kernels": lambda: check_kernels(out, 110),
         "yardstick-7b": lambda: check_yardstick("7b", workload, out, 180),
         "yardstick-0.5b": lambda: check_yardstick("0.5b", workload, out, 110),
+        "adapters-7b": lambda: check_adapters("7b", workload, out, 420),
+        "adapters-0.5b": lambda: check_adapters("0.5b", workload, out, 200),
+        "adapter-curve": lambda: check_script("adapter_curve", "adapter_curve", "0.5b", workload, out, 420),
+        "adapter-loading": lambda: check_script("adapter_loading", "adapter_loading_7b", "7b", workload, out, 300),
     }
     # What is timed runs alone; the other two run beside each other.
-    groups = [["suite", "accuracy"], *([name] for name in parts[2:])] if arguments.part == "all" else [[arguments.part]]
+    groups = [["suite", "accuracy"], *([name] for name in PARTS[2:])] if arguments.part == "all" else [[arguments.part]]
     failed: list[str] = []
     for group in groups:
         start = time.monotonic()

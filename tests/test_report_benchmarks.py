@@ -46,7 +46,52 @@ YARDSTICK = HEAD | {
         {"adapters_used": 0, "mixed_requests": 512, "seconds": 10.0, "output_tok_s": 9000.0, "total_tok_s": 30000.0},
     ]
 }
-RECORDS: dict[str, Any] = {"kernels_7b": KERNELS, "kernels_0.5b": KERNELS, "yardstick_7b": YARDSTICK}
+ADAPTERS = HEAD | {
+    "note": "a part of it",
+    "rows": [
+        {"startup_s": 60.0},
+        {"adapters_used": 0, "decode_batch": 32, "step_ms": 5.05, "decode_tok_s": 6336.6},
+        {"adapters_used": 8, "decode_batch": 32, "step_ms": 6.0, "decode_tok_s": 5333.3},
+        {"adapters_used": 32, "mixed_requests": 512, "seconds": 9.0, "output_tok_s": 8000.0, "total_tok_s": 25000.0},
+    ],
+}
+CURVE = HEAD | {
+    "geometry": "0.5b",
+    "rows_per_batch": 256,
+    "rows": [
+        *({"kind": "batch", "adapters": n, "step_ms": 4.0 + n, "tokens/s": 64e3 / (4 + n)} for n in (0, 1, 256)),
+        {"kind": "registered", "adapters": 1, "distinct": 1, "tokens/s": 9000.0, "loads": 1, "evictions": 0},
+        {"kind": "registered", "adapters": 500, "distinct": 200, "tokens/s": 8000.0, "loads": 317, "evictions": 60},
+    ],
+}
+FIRST_TOKEN = {"new": 150.0, "resident": 40.0, "loading": 110.04, "wait": 30.0, "find": 80.0}
+LOADING = HEAD | {
+    "geometry": "7b",
+    "adapter_mb": 80.7,
+    "rows": [
+        {"kind": "first token", "files": "in memory", "adapters": 8}
+        | {f"{name}_ms": ms for name, ms in FIRST_TOKEN.items()}
+        | {f"{name}_max_ms": 2 * ms for name, ms in FIRST_TOKEN.items()},
+        {
+            "kind": "decode",
+            "source": "files",
+            "rate": 10.0,
+            "rows": 32,
+            "loads_per_s": 9.96,
+            "step_ms": 7.4,
+            "step_p95_ms": 8.5,
+        }
+        | {"step_ratio": 1.02, "step_p95_ratio": 1.1},
+    ],
+}
+RECORDS: dict[str, Any] = {
+    "kernels_7b": KERNELS,
+    "kernels_0.5b": KERNELS,
+    "yardstick_7b": YARDSTICK,
+    "adapters_7b": ADAPTERS,
+    "adapter_curve": CURVE,
+    "adapter_loading_7b": LOADING,
+}
 
 
 def lines(text: str) -> dict[str, list[str]]:
@@ -76,6 +121,30 @@ def test_measurements_stand_beside_the_floor_vllm_and_the_goal() -> None:
     assert rows["decode step, batch 32 (ms)"] == ["4.86", "6.66", "5.70", "5.00", "0.75"]
     assert rows["mixed, 512 requests (output tokens/s)"] == ["-", "6,926", "9,000", "9,000", "1.30"]
     assert "start to ready, cached (s)" not in rows
+
+
+def test_adapters_stand_beside_the_goal_and_the_engine_without_them() -> None:
+    text = benchmark_tables.make_tables(RECORDS.get, "here")["adapters-7b"]
+    assert "([JSON](here/adapters_7b.json)); a part of it\n" in text
+    rows = lines(text)
+    assert rows["decode step, batch 32, 8 adapters (ms)"] == ["5.07", "10.91", "6.50", "6.00", "0.55", "5.05"]
+    assert rows["decode step, batch 1, 1 adapter (ms)"] == ["4.55", "8.04", "5.60", "-", "-", "-"]
+    mixed = rows["mixed, 512 requests, 32 adapters (output tokens/s)"]
+    assert mixed == ["-", "3,435", "8,000", "8,000", "2.33", "-"]
+
+
+def test_room_that_is_not_used_is_compared_with_none() -> None:
+    text = benchmark_tables.make_tables(RECORDS.get, "here")["adapters-idle"]
+    assert text.startswith("7B: H100, 2026-01-02, commit abc, and H100, 2026-01-02, commit abc\n")
+    rows = lines(text)
+    assert rows.pop("7B, decode step, batch 32 (ms)") == ["5.00", "5.05", "1.01", "1.01"]
+    assert rows.keys() == {"measurement", "---"}
+
+
+def test_loading_shows_what_the_first_request_and_the_others_pay() -> None:
+    rows = lines(benchmark_tables.make_tables(RECORDS.get, "here")["adapter-loading"])
+    assert rows["files in memory"] == ["150.0", "40.0", "110.0", "220.1", "80.0", "30.0", "150"]
+    assert rows["32 rows, files, 10 a second"] == ["10.0", "7.40", "8.50", "1.02", "1.10", "1.05"]
 
 
 def test_kernels_stand_beside_other_implementations() -> None:
@@ -139,6 +208,7 @@ def test_plots_are_the_same_every_time(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert "vLLM" in (tmp_path / "one" / "step_time.svg").read_text()
     assert "32 x 2048" in (tmp_path / "one" / "attention_time.svg").read_text()
+    assert "317 loads" in (tmp_path / "one" / "adapters_registered.svg").read_text()
 
 
 def test_plots_need_what_they_show() -> None:

@@ -98,7 +98,7 @@ def test_accuracy_is_checked_against_transformers() -> None:
 
 
 def test_golden_data_binds_float32_only() -> None:
-    good = {"case": "c", "dtype": "float32", "greedy_equal": 4, "largest_error": 1e-5}
+    good = {"case": "c", "dtype": "float32", "greedy_equal": 4, "prompts": 4, "largest_error": 1e-5}
     bad = [good | {"greedy_equal": 3}, good | {"largest_error": 2e-4}, good | {"largest_error": float("nan")}]
     assert check_golden.failures([good, good | {"dtype": "bfloat16", "greedy_equal": 1}]) == []
     assert len(check_golden.failures(bad)) == 3

@@ -1,7 +1,6 @@
-"""What `test_on_gpu.py` runs: each op at Qwen2.5's sizes, in the dtypes it serves, with NaN in what may not be read."""
+"""What `test_on_gpu.py` and `test_linear_on_gpu.py` run: ops at Qwen2.5's sizes, with NaN in what may not be read."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -9,49 +8,37 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from qwen2_kernels import flash_attention, linear, norm_linear, paged_attention, rms_norm, write_kv
+from qwen2_kernels import Adapted, flash_attention, linear, norm_linear, paged_attention, rms_norm, write_kv
 from qwen2_kernels.flash_attention.api import IMPLEMENTATIONS as FLASH
 from qwen2_kernels.linear.api import IMPLEMENTATIONS as LINEAR
 from qwen2_kernels.norm_linear.api import IMPLEMENTATIONS as NORM_LINEAR
 from qwen2_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED
 from qwen2_kernels.rms_norm.api import IMPLEMENTATIONS as RMS_NORM
-from qwen2_kernels.specs import QWEN2_5, RaggedSpec, Row
+from qwen2_kernels.specs import QWEN2_5, Geometry, RaggedSpec, Row
 from qwen2_kernels.write_kv.api import IMPLEMENTATIONS as WRITE_KV
 
+from tests.kernels.gpu_case import MAX_SEEDS, GpuCase, normal, tokens_with_nan
 from tests.kernels.ragged import Ragged, make_ragged, random_rows
 
 BF16, FP16, E4M3 = jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn
 SCALE = 0.03
 """Of pools in 8 bits: normal values lie in the middle of e4m3's range."""
 EPS = 1e-6
-BATCHES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class GpuCase:
-    """An op that is compiled once and runs on several inputs."""
-
-    op: str
-    implementation: str
-    label: str
-    run: Callable[..., Any]
-    """The op without its implementation."""
-    make: Callable[[int], tuple[Any, ...]]
-    """Draws the op's arrays from a seed; their shapes are always the same."""
-    seeds: int = 1
-    tolerance: float = 0.03
-    """Absolute, and relative to values above 1."""
-
-    @property
-    def name(self) -> str:
-        """What the test is called."""
-        return f"{self.op}-{self.implementation}-{self.label}"
+def attention_cases() -> list[GpuCase]:
+    """Return the cases of attention."""
+    return [*_flash_cases(), *_paged_cases()]
 
 
-def gpu_cases() -> list[GpuCase]:
-    """Return all of them, those that take longest to compile first."""
-    cases = [*_flash_cases(), *_paged_cases(), *_linear_cases(), *_norm_linear_cases(), *_rms_norm_cases()]
-    return sorted([*cases, *_write_kv_cases()], key=lambda case: case.implementation != "mosaic")
+def elementwise_cases() -> list[GpuCase]:
+    """Return those of what stands between products and attention, with and without adapters."""
+    return [*_rms_norm_cases(), *_write_kv_cases()]
+
+
+def product_cases() -> list[GpuCase]:
+    """Return those of products with the model's own kernels."""
+    return [*_linear_cases(), *_norm_linear_cases()]
 
 
 def _spec(kind: str, head_dim: int) -> RaggedSpec:
@@ -90,7 +77,7 @@ def _paged_cases() -> Iterator[GpuCase]:
                 label=f"{spec.name}-{jnp.dtype(dtype).name}-{jnp.dtype(pool).name}",
                 run=partial(paged_attention, **_options(spec), k_scale=scale, v_scale=scale),
                 make=partial(_paged_arrays, spec, dtype, pool, scale),
-                seeds=BATCHES,
+                seeds=MAX_SEEDS,
             )
 
 
@@ -112,7 +99,7 @@ def _flash_cases() -> Iterator[GpuCase]:
                 label=spec.name,
                 run=partial(flash_attention, **_options(spec)),
                 make=partial(_flash_arrays, spec),
-                seeds=BATCHES,
+                seeds=MAX_SEEDS,
             )
 
 
@@ -133,18 +120,6 @@ def flat(batch: Ragged, rows: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _normal(seed: int, shape: tuple[int, ...], scale: float = 1.0, dtype: Any = BF16) -> Array:
-    """Normal numbers; the same million after another in large arrays, whose axes it does not divide."""
-    numbers = scale * np.random.default_rng(seed).standard_normal(997 * 1009, np.float32)
-    return jnp.asarray(np.resize(numbers, shape), dtype)
-
-
-def _tokens(seed: int, tokens: int, size: int) -> Array:
-    """Tokens, one of which is NaN where there are several."""
-    x = _normal(seed, (tokens, size))
-    return x.at[tokens // 2].set(jnp.nan) if tokens > 1 else x
-
-
 def _linear_cases() -> Iterator[GpuCase]:
     shapes = [("0.5b", name, tokens) for name in ("qkv", "o", "gate_up", "down") for tokens in (1, 3, 33, 100, 256)]
     shapes += [("0.5b", "lm_head", tokens) for tokens in (1, 33)]
@@ -157,10 +132,10 @@ def _linear_cases() -> Iterator[GpuCase]:
             seed: int, name: str = name, tokens: int = tokens, kernel: tuple[int, ...] = kernel
         ) -> tuple[Array | None, ...]:
             return (
-                _tokens(seed, tokens, kernel[-1]),
-                _normal(seed + 1, kernel, kernel[-1] ** -0.5),
-                _normal(seed + 2, kernel[-2:-1]) if name == "qkv" else None,
-                _normal(seed + 3, (tokens, kernel[-2])) if name == "o" else None,
+                tokens_with_nan(seed, tokens, kernel[-1]),
+                normal(seed + 1, kernel, kernel[-1] ** -0.5),
+                normal(seed + 2, kernel[-2:-1]) if name == "qkv" else None,
+                normal(seed + 3, (tokens, kernel[-2])) if name == "o" else None,
             )
 
         def run(x: Array, kernel: Array, bias: Any, residual: Any, name: str = name, **options: Any) -> Array:
@@ -179,8 +154,8 @@ def _norm_linear_cases() -> Iterator[GpuCase]:
         kernel = QWEN2_5[model].projections[name]
 
         def make(seed: int, kernel: tuple[int, ...] = kernel) -> tuple[Array, ...]:
-            token, residual = (_normal(seed + i, (1, kernel[-1])) for i in range(2))
-            return token, _normal(seed + 2, kernel[-1:]), _normal(seed + 3, kernel, kernel[-1] ** -0.5), residual
+            token, residual = (normal(seed + i, (1, kernel[-1])) for i in range(2))
+            return token, normal(seed + 2, kernel[-1:]), normal(seed + 3, kernel, kernel[-1] ** -0.5), residual
 
         run = partial(norm_linear, eps=EPS, activation="silu" if name == "gate_up" else None)
         for implementation in NORM_LINEAR.keys() - {"reference"}:
@@ -189,50 +164,74 @@ def _norm_linear_cases() -> Iterator[GpuCase]:
 
 
 def _rms_norm_cases() -> Iterator[GpuCase]:
-    for model, tokens in product(("0.5b", "7b"), (1, 33, 2048)):
+    shapes = [(model, tokens, False) for model, tokens in product(("0.5b", "7b"), (1, 33, 2048))]
+    for model, tokens, is_adapted in [*shapes, ("0.5b", 1, True), ("7b", 33, True), ("7b", 2048, True)]:
         size = QWEN2_5[model].hidden_size
 
-        def make(seed: int, tokens: int = tokens, size: int = size) -> tuple[Array, ...]:
-            return _tokens(seed, tokens, size), _normal(seed + 1, (size,)), _normal(seed + 2, (tokens, size))
+        def make(seed: int, tokens: int = tokens, size: int = size, is_adapted: bool = is_adapted) -> tuple[Any, ...]:
+            x, residual = tokens_with_nan(seed, tokens, size), normal(seed + 2, (tokens, size))
+            adapted = _adapted(seed + 3, (tokens, size)) if is_adapted else None
+            return x, normal(seed + 1, (size,)), residual, adapted
+
+        def run(x: Array, weight: Array, residual: Array, adapted: Adapted | None, **options: Any) -> Any:
+            return rms_norm(x, weight, residual, adapted=adapted, eps=EPS, **options)
 
         for implementation in RMS_NORM.keys() - {"reference"}:
             yield GpuCase(
                 op="rms_norm",
                 implementation=implementation,
-                label=f"{model}_{tokens}",
-                run=partial(rms_norm, eps=EPS),
+                label=f"{model}_{tokens}" + "_adapted" * is_adapted,
+                run=run,
                 make=make,
                 tolerance=0.01,
             )
 
 
+def _adapted(seed: int, shape: tuple[int, ...]) -> Adapted:
+    """A change of a result of `shape`: some tokens are scaled; a row that none names is NaN, and so is a delta."""
+    bank = np.random.default_rng(seed).uniform(0.5, 2, (4, *shape[1:])).astype(np.float32)
+    rows = np.random.default_rng(seed + 1).integers(-1, 3, shape[0]).astype(np.int32)
+    rows[0], bank[3] = 2, np.nan
+    delta = np.array(normal(seed + 2, shape))
+    delta[shape[0] // 2 : shape[0] // 2 + (shape[0] > 1)] = np.nan  # where `tokens_with_nan` has it too
+    return Adapted(delta=jnp.asarray(delta), scale_bank=jnp.asarray(bank), scale_rows=jnp.asarray(rows))
+
+
 def _write_kv_cases() -> Iterator[GpuCase]:
-    for model, tokens, pool in product(("0.5b", "7b"), (1, 33, 2048), (BF16, E4M3)):
+    shapes = [(*shape, False) for shape in product(("0.5b", "7b"), (1, 33, 2048), (BF16, E4M3))]
+    for model, tokens, pool, is_adapted in [
+        *shapes,
+        ("0.5b", 1, BF16, True),
+        ("7b", 33, BF16, True),
+        ("7b", 2048, E4M3, True),
+    ]:
         geometry = QWEN2_5[model]
-        kv_heads, group, head_dim = geometry.num_key_value_heads, geometry.group, geometry.head_dim
         scale = SCALE if pool == E4M3 else 1.0
 
-        def make(seed: int, tokens: int = tokens, pool: Any = pool, heads: Any = (kv_heads, group, head_dim)) -> Any:
-            kv_heads, group, head_dim = heads
-            rng = np.random.default_rng(seed)
-            slots = rng.permutation(48 * 64)[:tokens].astype(np.int32)
-            slots[tokens // 2 :: 7] = -1 if tokens > 1 else slots[0]
-            qkv = np.array(_normal(seed, (tokens, kv_heads, group + 2, head_dim), dtype=jnp.float32))
-            qkv[slots < 0] = np.nan  # padding
-            angles = rng.uniform(0, 6.3, (tokens, head_dim // 2)).astype(np.float32)
-            pools = (jnp.zeros((48, 64, kv_heads, head_dim), pool) for _ in range(2))
-            bias = _normal(seed + 1, (kv_heads, group + 2, head_dim))
-            return jnp.asarray(qkv, BF16), np.cos(angles), np.sin(angles), *pools, slots, bias
-
         def run(*arrays: Any, scale: float = scale, **options: Any) -> Any:
-            return write_kv(*arrays[:-1], bias=arrays[-1], k_scale=scale, v_scale=scale, **options)
+            *given, bias, adapted = arrays
+            return write_kv(*given, bias=bias, adapted=adapted, k_scale=scale, v_scale=scale, **options)
 
         for implementation in WRITE_KV.keys() - {"reference"}:
             yield GpuCase(
                 op="write_kv",
                 implementation=implementation,
-                label=f"{model}_{tokens}_{jnp.dtype(pool).name}",
+                label=f"{model}_{tokens}_{jnp.dtype(pool).name}" + "_adapted" * is_adapted,
                 run=run,
-                make=make,
+                make=partial(_write_kv_arrays, geometry, tokens, pool, is_adapted),
                 tolerance=0.13 if pool == E4M3 else 0.01,  # a value between two of e4m3's may become either
             )
+
+
+def _write_kv_arrays(geometry: Geometry, tokens: int, pool: Any, is_adapted: bool, seed: int) -> tuple[Any, ...]:
+    kv_heads, group, head_dim = geometry.num_key_value_heads, geometry.group, geometry.head_dim
+    rng = np.random.default_rng(seed)
+    slots = rng.permutation(48 * 64)[:tokens].astype(np.int32)
+    slots[tokens // 2 :: 7] = -1 if tokens > 1 else slots[0]
+    qkv = np.array(normal(seed, (tokens, kv_heads, group + 2, head_dim)))
+    qkv[slots < 0] = np.nan  # padding
+    angles = rng.uniform(0, 6.3, (tokens, head_dim // 2)).astype(np.float32)
+    pools = (jnp.zeros((48, 64, kv_heads, head_dim), pool) for _ in range(2))
+    bias = normal(seed + 1, qkv.shape[1:])
+    adapted = _adapted(seed + 2, qkv.shape) if is_adapted else None
+    return jnp.asarray(qkv), np.cos(angles), np.sin(angles), *pools, slots, bias, adapted

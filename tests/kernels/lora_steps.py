@@ -1,6 +1,6 @@
 """Steps of tokens with random adapters in pages, and from the adapters' dense factors what comes of them, in numpy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,6 +45,15 @@ class StepSpec:
         """Of each group, its adapters and their weights."""
         return self.merges or tuple(((adapter, 1.0),) for adapter in range(len(self.ranks)))
 
+    def mask(self, adapter: int) -> int:
+        """The bits of an adapter's modules."""
+        return self.modules[adapter] if self.modules else ALL
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a bank in which some are nobody's."""
+        return sum(-(-rank // RANKS) for rank in self.ranks) + 3
+
 
 STEPS = {
     "one_token": StepSpec(token_groups=(0,), ranks=(16,)),
@@ -83,37 +92,29 @@ def make_step(spec: StepSpec, name: str, seed: int = 0) -> Step:
     projection, size, columns = PROJECTIONS[name]
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((len(spec.token_groups), size), np.float32)
-    pages_of = [-(-rank // RANKS) for rank in spec.ranks]
-    places = iter(rng.permutation(sum(pages_of) + 3))
-    num_pages = sum(pages_of) + 3
-    a_bank = np.full((num_pages, len(projection.modules), RANKS, size), np.nan, np.float32)
-    b_bank = np.full((num_pages, RANKS, columns), np.nan, np.float32)
-    blocks = np.array(projection.blocks(columns))
-    module_of = np.repeat(np.array(projection.modules)[blocks], columns // len(blocks))
-    dense, uses = [], []
+    uses = place_adapters(spec, rng)
+    a_bank = np.full((spec.num_pages, len(projection.modules), RANKS, size), np.nan, np.float32)
+    b_bank = np.full((spec.num_pages, RANKS, columns), np.nan, np.float32)
+    module_of = column_modules(projection, columns)
+    dense = []
     for adapter, rank in enumerate(spec.ranks):
-        mask = spec.modules[adapter] if spec.modules else ALL
+        mask = spec.mask(adapter)
         has_slice = np.array([mask >> module & 1 for module in projection.modules], np.float32)
         a = rng.standard_normal((len(has_slice), rank, size), np.float32) / size**0.5 * has_slice[:, None, None]
         b = rng.standard_normal((rank, columns), np.float32) * (mask >> module_of & 1)
         dense.append(sum((x @ a[i].T) @ (b * (module_of == module)) for i, module in enumerate(projection.modules)))
-        pages = [next(places) for _ in range(pages_of[adapter])]
-        for i, page in enumerate(pages):
-            a_bank[page], b_bank[page] = 0, 0
+        for i, use in enumerate(uses[adapter]):
+            a_bank[use.page], b_bank[use.page] = 0, 0
             some = slice(i * RANKS, min((i + 1) * RANKS, rank))
-            a_bank[page, :, : some.stop - some.start], b_bank[page, : some.stop - some.start] = a[:, some], b[some]
-        uses.append([PageUse(page=int(page), modules=mask) for page in pages])
+            count = some.stop - some.start
+            a_bank[use.page, :, :count], b_bank[use.page, :count] = a[:, some], b[some]
 
-    vectors = np.full((len(spec.groups) + 2, columns), np.nan, np.float32)
-    groups, delta, token_groups = [], np.zeros((len(x), columns), np.float32), np.array(spec.token_groups)
-    for index, parts in enumerate(spec.groups):
-        has_vector = index % 3 != 1
-        listed = tuple(
-            PageUse(page=u.page, modules=u.modules, weight=weight) for adapter, weight in parts for u in uses[adapter]
-        )
-        groups.append(TokenGroup(pages=listed, vector=index + 1 if has_vector else -1))
-        if has_vector:
-            vectors[index + 1] = rng.standard_normal(columns, np.float32)
+    groups = make_groups(spec, uses)
+    vectors = np.full((len(groups) + 2, columns), np.nan, np.float32)
+    delta, token_groups = np.zeros((len(x), columns), np.float32), np.array(spec.token_groups)
+    for index, (parts, group) in enumerate(zip(spec.groups, groups, strict=True)):
+        if group.vector >= 0:
+            vectors[group.vector] = rng.standard_normal(columns, np.float32)
         member = token_groups == index
         delta[member] = sum(weight * dense[adapter][member] for adapter, weight in parts)
     return Step(
@@ -127,7 +128,33 @@ def make_step(spec: StepSpec, name: str, seed: int = 0) -> Step:
     )
 
 
-def make_batch(token_groups: np.ndarray, groups: list[TokenGroup], tile: int, **limits: Any) -> LoRABatch:
+def place_adapters(spec: StepSpec, rng: np.random.Generator) -> list[list[PageUse]]:
+    """Give each adapter pages of a bank of `spec.num_pages`, in random order."""
+    places = iter(rng.permutation(spec.num_pages).tolist())
+    return [
+        [PageUse(page=next(places), modules=spec.mask(adapter)) for _ in range(-(-rank // RANKS))]
+        for adapter, rank in enumerate(spec.ranks)
+    ]
+
+
+def make_groups(spec: StepSpec, uses: list[list[PageUse]]) -> list[TokenGroup]:
+    """What each group adds: the pages of its adapters, and for two groups of three the row of a vector bank."""
+    return [
+        TokenGroup(
+            pages=tuple(replace(use, weight=weight) for adapter, weight in parts for use in uses[adapter]),
+            vector=index + 1 if index % 3 != 1 else -1,
+        )
+        for index, parts in enumerate(spec.groups)
+    ]
+
+
+def column_modules(projection: LoRAProjection, columns: int) -> np.ndarray:
+    """The module of each column of a `b` bank, [N]."""
+    blocks = np.array(projection.blocks(columns))
+    return np.repeat(np.array(projection.modules)[blocks], columns // len(blocks))
+
+
+def make_batch(token_groups: np.ndarray, groups: list[TokenGroup], tile: int | None, **limits: Any) -> LoRABatch:
     """Return the tables of a step whose sizes leave some room, on the device."""
     most = max([1, *(len(group.pages) for group in groups)])
     options = {"max_groups": len(groups) + 1, "max_pages": most, "tile": tile} | limits
