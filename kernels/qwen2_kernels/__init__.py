@@ -10,6 +10,7 @@ from qwen2_kernels.flash_attention.api import flash_attention
 from qwen2_kernels.linear.api import linear, linear_partial
 from qwen2_kernels.lora.api import lora_delta, lora_gated
 from qwen2_kernels.lora.batch import LoRABatch
+from qwen2_kernels.lora.linear_gated import lora_linear_gated
 from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
@@ -24,6 +25,7 @@ __all__ = [
     "linear_partial",
     "lora_delta",
     "lora_gated",
+    "lora_linear_gated",
     "norm_linear",
     "paged_attention",
     "rms_norm",

@@ -17,6 +17,12 @@ def uses_adapters(output: SchedulerOutput) -> bool:
     return any(row.request.adapter is not None for row in output.rows)
 
 
+def has_vectors(output: SchedulerOutput) -> bool:
+    """Return whether the adapter of any row of a call has biases or magnitudes in the layers."""
+    adapters = [row.request.adapter for row in output.rows]
+    return any(adapter is not None and _resident(adapter).vector >= 0 for adapter in adapters)
+
+
 def changes_vocab(output: SchedulerOutput) -> bool:
     """Return whether the adapter of any row of a call changes embeddings or head."""
     adapters = [row.request.adapter for row in output.rows]

@@ -23,6 +23,7 @@ _GPU_OPTIONS: dict[str, bool | int] = {
     # Time cuBLAS's candidates, without comparing their results with one another's.
     "xla_gpu_autotune_level": 1,
 }
+_NO_GRAPH = {"xla_gpu_graph_min_graph_size": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class ProgramSpec:
     out_shardings: Any
     matmul_precision: str | None = None
     """`jax.default_matmul_precision`; None lets a GPU multiply float32 in TF32."""
+    as_graph: bool = False
+    """Whether a GPU gets the program's kernels as CUDA graphs. That saves the host a launch for each, but a graph whose
+    buffers have moved is brought up to date first, while the device waits: for calls whose kernels are short."""
 
 
 _LOWERING = threading.Lock()
@@ -48,7 +52,9 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
         with _LOWERING:
             lowered = jitted.lower(*spec.arguments)
-        return lowered.compile(_GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None)
+        if mesh.devices.flat[0].platform != "gpu":
+            return lowered.compile()
+        return lowered.compile(_GPU_OPTIONS | ({} if spec.as_graph else _NO_GRAPH))
 
 
 def compile_programs[K](

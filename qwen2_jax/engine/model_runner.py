@@ -13,12 +13,12 @@ import numpy as np
 
 from qwen2_jax.cache.kv_cache import PoolLayout, count_blocks
 from qwen2_jax.config import ResolvedConfig
-from qwen2_jax.engine.adapter_tables import changes_vocab, uses_adapters
+from qwen2_jax.engine.adapter_tables import changes_vocab, has_vectors, uses_adapters
 from qwen2_jax.engine.batch_builder import BatchBuilder
 from qwen2_jax.engine.compilation import CompilationCounter, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.model_loader import LoadedModel
-from qwen2_jax.engine.program_specs import WITH_ADAPTERS, ProgramKey, ProgramTable, abstract
+from qwen2_jax.engine.program_specs import WITH_ADAPTERS, WITH_VECTORS, ProgramKey, ProgramTable, abstract
 from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
@@ -164,7 +164,11 @@ class ModelRunner:
         """Run a step's program, the one with the adapters' banks where a row has an adapter."""
         if self._adapters is None or not uses_adapters(output):
             return self._run(name, bucket, self._kv_cache, self._state, packed)
-        return self._run(name + WITH_ADAPTERS, bucket, self._kv_cache, self._state, packed, self._adapters.banks)
+        if has_vectors(output) and (name + WITH_VECTORS, bucket) in self._compiled:
+            name += WITH_VECTORS
+        else:
+            name += WITH_ADAPTERS
+        return self._run(name, bucket, self._kv_cache, self._state, packed, self._adapters.banks)
 
     def _run_head(self, name: str, bucket: int, output: SchedulerOutput, packed: np.ndarray) -> Any:
         """Run a program of the head alone, the one with the adapters' banks where one changes the head."""

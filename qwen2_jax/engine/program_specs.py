@@ -1,7 +1,7 @@
 """Every program of a model with its abstract arguments: which are compiled at start-up."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,8 @@ ROW_STATE = ("token_ids", "logit_bias", "logprob_token_ids")
 """The arrays of the state whose rows are set from the host."""
 WITH_ADAPTERS = "_lora"
 """The end of the names of programs for calls with adapters."""
+WITH_VECTORS = "_lora_vectors"
+"""The same where an adapter has biases or magnitudes, and there is a faster program for calls with none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +84,18 @@ class ProgramTable:
                 donated=(1, 2),
                 out_shardings=(*caches, *results),
                 matmul_precision=self.matmul_precision,
+                as_graph=tokens is None,
             )
 
         specs = {(name, bucket): spec(partial(function, **sizes), layout(*lead, width))}
-        if self.lora is not None:
-            lora = step_lora(self.lora, tokens or rows, rows)
+        if self.lora is None:
+            return specs
+        lora = step_lora(self.lora, tokens or rows, rows)
+        splits = lora.tables.window is not None and self.replicated.mesh.devices.flat[0].platform == "gpu"
+        for ending, has_vectors in ((WITH_ADAPTERS, not splits), *([(WITH_VECTORS, True)] if splits else ())):
+            lora = replace(lora, has_vectors=has_vectors)
             adapted = partial(function, **sizes, lora=lora)
-            specs[name + WITH_ADAPTERS, bucket] = spec(adapted, layout(*lead, width, lora), self.banks)
+            specs[name + ending, bucket] = spec(adapted, layout(*lead, width, lora), self.banks)
         return specs
 
     def _small_specs(self) -> dict[ProgramKey, ProgramSpec]:

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 
 from qwen2_jax.engine.sampler import empty_samples, likeliest, logprobs_of, sample
 from qwen2_jax.engine.step_inputs import (
-    LORA_TABLES,
     NOWHERE,
     VOCAB,
     StepLoRA,
@@ -23,6 +22,7 @@ from qwen2_jax.engine.step_inputs import (
     prefill_layout,
     prompt_logprobs_layout,
     sample_layout,
+    tables_layout,
     unpack,
 )
 from qwen2_jax.models.adapters import Banks, LoRABatch, StepAdapters, TableSizes
@@ -266,7 +266,13 @@ def _adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoRA | No
     if banks is None or lora is None:
         return None
     tables, vocab = _tables(inputs, lora.tables), _vocab_adapters(inputs, banks, lora)
-    return StepAdapters(layers=banks.layers, tables=tables, scale_rows=inputs["scale_rows"], vocab=vocab)
+    return StepAdapters(
+        layers=banks.layers,
+        tables=tables,
+        scale_rows=inputs["scale_rows"],
+        vocab=vocab,
+        has_vectors=lora.has_vectors,
+    )
 
 
 def _vocab_adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoRA | None) -> VocabAdapters | None:
@@ -278,8 +284,8 @@ def _vocab_adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoR
 
 
 def _tables(inputs: dict[str, Array], sizes: TableSizes, prefix: str = "") -> LoRABatch:
-    tables = {name: inputs[prefix + name] for name in LORA_TABLES}
-    return LoRABatch(**tables, tile=sizes.tile, max_pages=sizes.max_pages)
+    tables = {name: inputs[prefix + name] for name in tables_layout(0, sizes)}
+    return LoRABatch(**tables, tile=sizes.tile, window=sizes.window, max_pages=sizes.max_pages)
 
 
 def at_step(inputs: dict[str, Array], step: Array) -> dict[str, Array]:

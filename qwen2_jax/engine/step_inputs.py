@@ -36,6 +36,8 @@ class StepLoRA:
     """Of what changes embeddings and head; None without room for that."""
     num_full: int = 0
     """Whole matrices that there is room for, of each kind."""
+    has_vectors: bool = True
+    """Whether adapters may have biases or magnitudes in the layers."""
 
 
 Layout = dict[str, Field]
@@ -66,19 +68,6 @@ SAMPLING_FLOATS = (
 )
 
 
-LORA_TABLES = (
-    "token_order",
-    "segment_starts",
-    "segment_items",
-    "segment_vectors",
-    "item_pages",
-    "item_segments",
-    "item_modules",
-    "item_weights",
-    "num_segments",
-    "num_items",
-)
-"""The arrays of `models.adapters.LoRABatch`."""
 VOCAB = "vocab_"
 """The beginning of the names of those for embeddings and head."""
 
@@ -154,6 +143,11 @@ def vocab_layout(tokens: int, lora: StepLoRA) -> Layout:
 def tables_layout(tokens: int, sizes: TableSizes) -> Layout:
     """The tables of T tokens: `models.adapters.LoRABatch`."""
     segments, items = (sizes.max_segments,), (sizes.max_items,)
+    windows = {}
+    if sizes.window is not None:
+        count = -(-tokens // sizes.window)
+        windows = {"token_places": Field((count * sizes.window,)), "window_entries": Field((count + 1,))}
+        windows |= {name: Field((sizes.max_entries,)) for name in ("entry_items", "entry_tokens")}
     return {
         "token_order": Field((tokens,)),
         "segment_starts": Field((sizes.max_segments + 1,)),
@@ -165,6 +159,7 @@ def tables_layout(tokens: int, sizes: TableSizes) -> Layout:
         "item_weights": Field(items, is_float=True),
         "num_segments": Field((1,)),
         "num_items": Field((1,)),
+        **windows,
     }
 
 

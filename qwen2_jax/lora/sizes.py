@@ -108,15 +108,22 @@ class LoRASizes:
     def tables(self, tokens: int, rows: int) -> TableSizes:
         """Return the sizes of the tables of a program for `tokens` tokens in `rows` rows."""
         # An adapter of the layers has a page, or a row of vectors and none.
-        return self._tables(tokens, min(rows, self.num_pages + self.num_vectors), self.num_pages)
+        return self._tables(tokens, rows, self.num_pages + self.num_vectors, self.num_pages)
 
     def vocab_tables(self, tokens: int, rows: int) -> TableSizes | None:
         """Return the sizes of those of what changes embeddings and head; None without room for that."""
         pages = max(self.num_vocab_pages, 1)
-        return self._tables(tokens, min(rows, pages), pages) if self.has_vocab else None
+        return self._tables(tokens, rows, pages, pages) if self.has_vocab else None
 
-    def _tables(self, tokens: int, max_groups: int, num_pages: int) -> TableSizes:
-        return table_sizes(tokens, max_groups=max_groups, max_pages=self.max_pages, num_pages=num_pages)
+    def _tables(self, tokens: int, rows: int, max_groups: int, num_pages: int) -> TableSizes:
+        # Rows lie one behind another, and the padding behind them.
+        return table_sizes(
+            tokens,
+            max_groups=min(rows, max_groups),
+            max_pages=self.max_pages,
+            num_pages=num_pages,
+            max_runs=rows + 1,
+        )
 
 
 def _page_bytes(model: ModelConfig, dtype: str, tp: int) -> int:

@@ -55,17 +55,8 @@ def adapted_gated(
     """Return `act(gate) * up` of normed tokens with their adapters, each device's columns; no communication."""
 
     def island(x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch) -> Array:
-        base = kernels.linear(x, kernel.reshape(-1, kernel.shape[-1])).reshape(x.shape[0], *kernel.shape[:2])
-        return kernels.lora_gated(
-            x,
-            base,
-            banks.a,
-            banks.b,
-            tables,
-            activation=activation,
-            bias_bank=banks.bias,
-            scale_bank=banks.scale,
-        )
+        vectors = {"bias_bank": banks.bias, "scale_bank": banks.scale} if adapters.has_vectors else {}
+        return kernels.lora_linear_gated(x, kernel, banks.a, banks.b, tables, activation=activation, **vectors)
 
     specs = (P(), P(None, TP), bank_specs().gate_up, _replicated(adapters.tables))
     return sharded(island, specs, HEADS)(x, kernel, adapters.banks.gate_up, adapters.tables)

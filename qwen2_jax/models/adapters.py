@@ -5,7 +5,7 @@ sharded alike; a bank's pages are counted over all layers together: page p of ev
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +95,17 @@ class StepAdapters:
     """The row of vectors that each token uses, -1 for none."""
     vocab: VocabAdapters | None = None
     """What changes embeddings and head; None in an engine without room for that."""
+    has_vectors: bool = field(default=True, metadata={"static": True})
+    """Whether adapters of this step may have biases or magnitudes; gate and up are faster without."""
 
     def of_layer(self, index: int) -> "LayerAdapters":
         """Return what layer `index` needs."""
-        return LayerAdapters(banks=self.layers[index], tables=self.tables, scale_rows=self.scale_rows)
+        return LayerAdapters(
+            banks=self.layers[index],
+            tables=self.tables,
+            scale_rows=self.scale_rows,
+            has_vectors=self.has_vectors,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -109,6 +116,7 @@ class LayerAdapters:
     banks: LayerBanks
     tables: LoRABatch
     scale_rows: Int[Array, " T"]
+    has_vectors: bool = field(default=True, metadata={"static": True})
 
 
 def bank_shapes(config: ModelConfig, tp: int, *, num_pages: int, num_vectors: int) -> LayerBanks:

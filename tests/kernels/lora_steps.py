@@ -161,4 +161,4 @@ def make_batch(token_groups: np.ndarray, groups: list[TokenGroup], tile: int | N
     sizes = table_sizes(len(token_groups), **options)
     tables = build_lora_tables(token_groups, groups, sizes)
     arrays = {name: jnp.asarray(table) for name, table in tables.items()}
-    return LoRABatch(**arrays, tile=sizes.tile, max_pages=sizes.max_pages)
+    return LoRABatch(**arrays, tile=sizes.tile, window=sizes.window, max_pages=sizes.max_pages)

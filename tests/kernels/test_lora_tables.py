@@ -1,5 +1,7 @@
 """`build_lora_tables`: whatever the step, every token in one segment with its group's pages, within `table_sizes`."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,13 @@ def steps(draw: st.DrawFn) -> tuple[np.ndarray, list[TokenGroup], TableSizes]:
     num_pages = draw(st.sampled_from([None, max(1, sum(lengths))]))
     most = max([1, *lengths])
     sizes = table_sizes(
-        len(tokens), max_groups=max(1, len(groups)), max_pages=most, num_pages=num_pages, tile=draw(st.integers(1, 20))
+        len(tokens),
+        max_groups=max(1, len(groups)),
+        max_pages=most,
+        num_pages=num_pages,
+        max_runs=draw(st.sampled_from([None, 1 + sum(a != b for a, b in itertools.pairwise(tokens))])),
+        tile=draw(st.integers(1, 20)),
+        window=draw(st.sampled_from([None, 1, 7, 16, 40])),
     )
     return np.array(tokens), groups, sizes
 
@@ -44,6 +52,33 @@ def test_every_token_gets_its_groups_pages(step: tuple[np.ndarray, list[TokenGro
         found = [[tables[f"item_{name}"][i] for name in ("pages", "modules", "weights")] for i in listed]
         assert found == [[use.page, use.modules, use.weight] for use in expected.pages]
         assert all(tables["item_segments"][i] == segment for i in listed)
+        assert sizes.window is None or len(set(tokens // sizes.window)) == 1
+
+
+@given(steps())
+def test_windows_list_the_pages_of_their_tokens(step: tuple[np.ndarray, list[TokenGroup], TableSizes]) -> None:
+    token_groups, groups, sizes = step
+    tables = build_lora_tables(token_groups, groups, sizes)
+    if sizes.window is None:
+        assert "window_entries" not in tables
+        return
+    np.testing.assert_array_equal(
+        tables["token_order"][tables["token_places"][: len(token_groups)]], np.arange(len(token_groups))
+    )
+    assert (tables["token_places"][len(token_groups) :] == -1).all()
+    for window, (start, end) in enumerate(itertools.pairwise(tables["window_entries"])):
+        tokens = token_groups[window * sizes.window : (window + 1) * sizes.window]
+        expected = [
+            (use.page, use.weight, int((tokens == group).sum()))
+            for group in sorted(set(tokens) - {-1})
+            for use in groups[group].pages
+        ]
+        items = tables["entry_items"][start:end]
+        columns = (tables["item_pages"][items], tables["item_weights"][items], tables["entry_tokens"][start:end])
+        assert list(zip(*columns, strict=True)) == expected
+        for first in tables["token_order"][tables["segment_starts"][tables["item_segments"][items]]]:
+            before = token_groups[window * sizes.window : first]
+            assert first // sizes.window == window and token_groups[first] not in before
 
 
 @given(steps())

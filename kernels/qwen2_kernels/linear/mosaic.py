@@ -85,14 +85,15 @@ def _run(x: Array, kernel: Array, *, out_dtype: jnp.dtype, config: MosaicConfig)
     if tokens > ALIGNMENT:
         x = jnp.pad(x, ((0, -tokens % ALIGNMENT), (0, 0)))
     plan = Plan(config=config, tokens=x.shape[0], out_features=kernel.shape[-2], in_features=x.shape[1], gated=gated)
-    _check(plan, out_dtype)
+    check(plan, out_dtype)
     shape = (x.shape[0], plan.out_features)
     out_type = jax.ShapeDtypeStruct((config.split_k, *shape) if config.split_k > 1 else shape, out_dtype)
-    out = _kernel(plan, out_type)(x, kernel)
+    out = make_kernel(plan, out_type, functools.partial(program, plan=plan))(x, kernel)
     return out[..., :tokens, :]
 
 
-def _check(plan: Plan, out_dtype: jnp.dtype) -> None:
+def check(plan: Plan, out_dtype: jnp.dtype) -> None:
+    """Raise `ValueError` for a plan that the kernel cannot carry out."""
     config = plan.config
     if plan.gated and config.split_k > 1:
         raise ValueError(f"linear: split_k={config.split_k} is for projections that are not gated; use 1")
@@ -105,18 +106,19 @@ def _check(plan: Plan, out_dtype: jnp.dtype) -> None:
         raise ValueError(f"linear: out_dtype bfloat16 or float32, not {out_dtype}")
 
 
-def _kernel(plan: Plan, out_type: jax.ShapeDtypeStruct) -> Any:
+def make_kernel(plan: Plan, out_type: jax.ShapeDtypeStruct, body: Any, **scratch: Any) -> Any:
+    """Return the launch of `body` for `plan`, which gets the arrays, and by name the scratch of `Shared` and more."""
     config = plan.config
-    smem = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_swizzled(64, jnp.dtype(jnp.bfloat16)))
+    smem = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=swizzled(64, jnp.dtype(jnp.bfloat16)))
     rows = config.block_n * (1 + plan.gated)
     clustered = config.cluster > 1
     empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",)) if clustered else plgpu.Barrier
     out_dtype = jnp.dtype(out_type.dtype)
     columns = config.piece(out_dtype.itemsize)
     can_swizzle = columns * out_dtype.itemsize in (32, 64, 128) and plan.out_features % columns == 0
-    out_transforms = _swizzled(columns, out_dtype) if can_swizzle else ()
+    out_transforms = swizzled(columns, out_dtype) if can_swizzle else ()
     return plgpu.kernel(
-        functools.partial(program, plan=plan),
+        body,
         out_type=out_type,
         grid=(plan.clusters,),
         grid_names=("program",),
@@ -132,11 +134,12 @@ def _kernel(plan: Plan, out_type: jax.ShapeDtypeStruct) -> Any:
             out=plgpu.SMEM((2, config.token_tile, columns), out_dtype, transforms=out_transforms),
             full=plgpu.Barrier(num_arrivals=2 + plan.gated, num_barriers=config.stages),
             empty=empty(num_arrivals=config.consumers, num_barriers=config.stages),
+            **scratch,
         ),
     )
 
 
-def _swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+def swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
     """Return a layout of shared memory without bank conflicts, for rows of 32, 64 or 128 bytes."""
     return (
         # Pyright takes them for abstract: JAX's own base class has a method that they do not need.

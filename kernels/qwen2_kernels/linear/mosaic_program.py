@@ -5,8 +5,9 @@ copies arrive, and an `empty` one, at which the warpgroups that have read it do;
 programs, because each of them writes a part of what the others read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -95,7 +96,31 @@ class Item:
     """Pieces of work that the program has done before."""
 
 
-def program(x_gmem: Any, kernel_gmem: Any, out_gmem: Any, *, plan: Plan, **scratch: Any) -> None:
+class Addend(Protocol):
+    """What is multiplied besides x and the kernel, and added to the same sums, tile by tile."""
+
+    def prepare(self) -> None:
+        """Called once by each warpgroup that multiplies."""
+
+    def load(self, item: Item) -> None:
+        """Copy what a tile takes to shared memory; behind its part of the kernel."""
+
+    def multiply(self, item: Item, sums: Sequence[Any], first_row: Array) -> None:
+        """Add to the sums [rows, columns] of each part, and wait for it."""
+
+    def finish(self) -> None:
+        """Called by the warpgroup that copies when all has been asked for: wait until all has been read."""
+
+
+def program(
+    x_gmem: Any,
+    kernel_gmem: Any,
+    out_gmem: Any,
+    *,
+    plan: Plan,
+    addend: Addend | None = None,
+    **scratch: Any,
+) -> None:
     """Run one program: x [T, K], kernel [N, K] or [2, N, K], out [T, N] or [split_k, T, N]."""
     shared = Shared(**scratch)
     consumers = plan.config.consumers
@@ -105,15 +130,19 @@ def program(x_gmem: Any, kernel_gmem: Any, out_gmem: Any, *, plan: Plan, **scrat
     def _producer() -> None:
         if consumers > 1:
             plgpu.set_max_registers(40 if consumers == 2 else 32, action="decrease")
-        total = _produce(x_gmem, kernel_gmem, shared, plan)
+        total = _produce(x_gmem, kernel_gmem, shared, plan, addend)
         # Nobody arrives at the barriers of a program that is gone.
         lax.fori_loop(0, plan.config.stages, lambda index, _: _wait_empty(shared, plan, total + index), None)
+        if addend is not None:
+            addend.finish()
 
     @pl.when(warpgroup < consumers)
     def _consumer() -> None:
         if consumers > 1:
             plgpu.set_max_registers(232 if consumers == 2 else 160, action="increase")
-        _consume(out_gmem, shared, plan, warpgroup)
+        if addend is not None:
+            addend.prepare()
+        _consume(out_gmem, shared, plan, warpgroup, addend)
 
 
 def _for_each_item(plan: Plan, body: Any) -> Array:
@@ -160,7 +189,7 @@ def _weights(kernel_gmem: Any, plan: Plan, item: Item, index: Array | int) -> li
     return [source.at[features, columns] for source in sources]
 
 
-def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> Array:
+def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan, addend: Addend | None) -> Array:
     """Copy tiles of the kernel and of the tokens to shared memory as soon as there is room; return their number."""
     config = plan.config
     shared_by = [("cluster" if ranks > 1 else None) for ranks in plan.ranks]  # of the kernel, of the tokens
@@ -186,11 +215,13 @@ def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan) -> Array
             )
 
         lax.fori_loop(0, plan.steps, load_step, None)
+        if addend is not None:
+            addend.load(item)
 
     return _for_each_item(plan, load)
 
 
-def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> None:
+def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array, addend: Addend | None) -> None:
     """Multiply the tokens of one warpgroup."""
     config = plan.config
     first_row = warpgroup * config.rows
@@ -199,7 +230,9 @@ def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> Non
     def slot_of(step: Array) -> Array:
         return lax.rem(step, jnp.int32(config.stages))
 
-    def multiply(before: Array) -> list[Array]:
+    def multiply(item: Item) -> list[Array]:
+        before = item.turn * plan.steps
+
         def scope(*sums: Any) -> list[Array]:
             def step(index: Array, _: None) -> None:
                 slot = slot_of(before + index)
@@ -213,6 +246,8 @@ def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> Non
                 plgpu.barrier_arrive(shared.empty.at[last], predicate=index > 0)
 
             lax.fori_loop(0, plan.steps, step, None)
+            if addend is not None:
+                addend.multiply(item, sums, first_row)
             return [acc[...] for acc in sums]
 
         results = pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef((config.rows, columns))] * parts)
@@ -220,7 +255,7 @@ def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array) -> Non
         return results
 
     def finish(item: Item) -> None:
-        results = multiply(item.turn * plan.steps)
+        results = multiply(item)
         if plan.gated:
             gate, up = results if parts == 2 else (results[0][:, : config.block_n], results[0][:, config.block_n :])
             # The reciprocal of a root costs less than that of a number: sigmoid(gate) is its square.

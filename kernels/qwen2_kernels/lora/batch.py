@@ -43,6 +43,16 @@ class LoRABatch:
     """What the page's product is multiplied by, float32: 1, or the weight of an adapter in a merge."""
     num_segments: Int[Array, " 1"]
     num_items: Int[Array, " 1"]
+    token_places: Int[Array, " W*window"] | None = None
+    """Where each token is in `token_order`, -1 behind the last; with windows only, as the next."""
+    window_entries: Int[Array, " W+1"] | None = None
+    """Where the entries of each window start: of `window` tokens that are neighbours in the step."""
+    entry_items: Int[Array, " E"] | None = None
+    """An entry is a page that some of a window's tokens add: the page's item in the first of their segments."""
+    entry_tokens: Int[Array, " E"] | None = None
+    """How many of the window's tokens add it."""
+    window: int | None = field(default=None, metadata={"static": True})
+    """Segments stay within windows of so many tokens."""
     tile: int = field(metadata={"static": True})
     max_pages: int = field(metadata={"static": True})
     """The most items that a segment has."""

@@ -7,6 +7,8 @@ import numpy as np
 
 DECODE_TOKENS = 256
 """Up to so many tokens, a segment is small: most are a few tokens of one adapter each."""
+WINDOW = 128
+"""Tokens of a window where there are more: a tile of the kernel that multiplies the model's own weights, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,20 @@ class TableSizes:
     """Pages that a group has at most."""
     max_segments: int
     max_items: int
+    window: int | None = None
+    """Tokens of the windows that segments stay within; see `batch.LoRABatch`."""
+    max_entries: int = 0
 
 
 def table_sizes(
-    num_tokens: int, *, max_groups: int, max_pages: int, num_pages: int | None = None, tile: int | None = None
+    num_tokens: int,
+    *,
+    max_groups: int,
+    max_pages: int,
+    num_pages: int | None = None,
+    max_runs: int | None = None,
+    tile: int | None = None,
+    window: int | None = None,
 ) -> TableSizes:
     """Return sizes that the tables of no step of `num_tokens` exceed.
 
@@ -51,15 +63,36 @@ def table_sizes(
         max_groups: the most groups that have tokens in a step; those without an adapter are one more.
         max_pages: the most pages that a group has.
         num_pages: the most pages that a step's groups have together, where that is less than each the most.
+        max_runs: the most runs of tokens of one group, those without a group too; None means that tokens may alternate.
         tile: the most tokens of a segment; None means 16 up to `DECODE_TOKENS`, and 64 from there on.
+        window: tokens of the windows that segments stay within; None means none up to `DECODE_TOKENS`, and `WINDOW`
+            from there on.
 
     Raises:
         ValueError: a size below 1.
     """
-    tile = (16 if num_tokens <= DECODE_TOKENS else 64) if tile is None else tile
+    is_small = num_tokens <= DECODE_TOKENS
+    tile = (16 if is_small else 64) if tile is None else tile
+    window = (None if is_small else WINDOW) if window is None else window
     given = {"num_tokens": num_tokens, "max_groups": max_groups, "max_pages": max_pages, "tile": tile}
+    given |= {name: size for name, size in {"max_runs": max_runs, "window": window}.items() if size is not None}
     if min(given.values()) < 1:
         raise ValueError(f"table_sizes: sizes are at least 1, not {given}")
+    if window is not None:
+        windows = -(-num_tokens // window)
+        parts = windows * min(window, max_groups + 1)
+        # A window has a part for each run that starts in it, and for the one that goes on there.
+        parts = parts if max_runs is None else min(parts, max_runs + windows)
+        segments = parts + num_tokens // tile
+        items, entries = segments * max_pages, parts * max_pages
+        return TableSizes(
+            tile=tile,
+            max_pages=max_pages,
+            max_segments=segments,
+            max_items=items,
+            window=window,
+            max_entries=entries,
+        )
     # Of g groups with a token each, the tokens that are left fill at most so many segments more.
     groups = min(num_tokens, max_groups + 1)
     segments = groups + (num_tokens - groups) // tile
@@ -86,10 +119,13 @@ def build_lora_tables(
     token_groups = np.asarray(token_groups)
     if token_groups.size and not -1 <= token_groups.min() <= token_groups.max() < len(groups):
         raise ValueError(f"build_lora_tables: groups are -1 to {len(groups) - 1}, not {np.unique(token_groups)}")
-    order = np.argsort(token_groups, kind="stable").astype(np.int32)
-    counts = np.bincount(token_groups + 1, minlength=len(groups) + 1)
+    windows = np.arange(len(token_groups)) // (sizes.window or len(token_groups))
+    keys, kinds = windows * (len(groups) + 1) + token_groups + 1, len(groups) + 1
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    counts = np.bincount(keys, minlength=kinds)
     cuts = -(-counts // sizes.tile)
-    segment_groups = np.repeat(np.arange(-1, len(groups)), cuts)
+    segment_keys = np.repeat(np.arange(len(counts)), cuts)
+    segment_groups = segment_keys % kinds - 1
     nth = np.arange(len(segment_groups)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
     starts = np.repeat(np.cumsum(counts) - counts, cuts) + nth * sizes.tile
 
@@ -121,6 +157,36 @@ def build_lora_tables(
         "item_weights": of_items([use.weight for use in uses], np.float32),
         "num_segments": np.array([len(segment_groups)], np.int32),
         "num_items": np.array([len(item_segments)], np.int32),
+        **_window_tables(order, counts, cuts, ends - per_segment, lengths, sizes),
+    }
+
+
+def _window_tables(
+    order: np.ndarray,
+    counts: np.ndarray,
+    cuts: np.ndarray,
+    segment_items: np.ndarray,
+    lengths: np.ndarray,
+    sizes: TableSizes,
+) -> dict[str, np.ndarray]:
+    """Return the tables that there are with windows only, of each window's and group's tokens, segments and pages."""
+    if sizes.window is None:
+        return {}
+    num_windows = -(-len(order) // sizes.window)
+    places = np.full(num_windows * sizes.window, -1, np.int32)
+    places[order] = np.arange(len(order))
+    used = np.flatnonzero(counts)
+    pages = lengths[used % len(lengths)]
+    nth = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
+    first_items = segment_items[(np.cumsum(cuts) - cuts)[used]]
+    windows = np.repeat(used // len(lengths), pages)
+    if len(nth) > sizes.max_entries:
+        raise ValueError(f"build_lora_tables: {len(nth)} entries, max_entries={sizes.max_entries}; make it larger")
+    return {
+        "token_places": places,
+        "window_entries": np.searchsorted(windows, np.arange(num_windows + 1)).astype(np.int32),
+        "entry_items": _padded(np.repeat(first_items, pages) + nth, sizes.max_entries, 0),
+        "entry_tokens": _padded(np.repeat(counts[used], pages), sizes.max_entries, 0),
     }
 
 

@@ -36,7 +36,7 @@ def lora_delta_triton(
     _check_dtypes(x, a_bank, b_bank)
     tokens, columns = x.shape[0], b_bank.shape[2]
     config = config or default_config(tokens, x.shape[1], columns, batch.tile, is_gated=False)
-    ranks = _shrink(x, a_bank, batch, projection, config.shrink)
+    ranks = shrink(x, a_bank, batch, projection, config.shrink)
     group, width = projection.heads or (0, columns)
     heads = 1 if group == 0 else columns // (width * (group + 2))
     expand = replace(config.expand, block_n=min(config.expand.block_n, _power_of_two(width)))
@@ -81,7 +81,7 @@ def lora_gated_triton(
     _check_dtypes(x, a_bank, b_bank)
     tokens, columns = x.shape[0], b_bank.shape[3]
     config = config or default_config(tokens, x.shape[1], columns, batch.tile, is_gated=True)
-    ranks = _shrink(x, a_bank, batch, GATE_UP_PROJECTION, config.shrink)
+    ranks = shrink(x, a_bank, batch, GATE_UP_PROJECTION, config.shrink)
     expand = replace(config.expand, block_n=min(config.expand.block_n, _power_of_two(columns)))
     programs = -(-columns // (expand.block_n * expand.num_tiles))
     return triton_call(
@@ -102,7 +102,7 @@ def lora_gated_triton(
     )
 
 
-def _shrink(x: Array, a_bank: Array, batch: LoRABatch, projection: LoRAProjection, config: ShrinkConfig) -> Array:
+def shrink(x: Array, a_bank: Array, batch: LoRABatch, projection: LoRAProjection, config: ShrinkConfig) -> Array:
     """Return the first products [rows, C, splits, RANKS], of which only rows in use are written."""
     size, slices = x.shape[1], len(projection.modules)
     config = replace(config, block_k=min(config.block_k, max(_power_of_two(size), 16)))
