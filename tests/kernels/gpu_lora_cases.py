@@ -1,4 +1,4 @@
-"""What `test_lora_on_gpu.py` runs: `lora_delta` and `lora_gated` at Qwen2.5's sizes, for steps of many adapters."""
+"""What `test_lora_on_gpu.py` runs: the ops of `lora` at Qwen2.5's sizes, for steps of many adapters."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from qwen2_kernels.lora import api
+from qwen2_kernels.lora import api, linear_gated
 from qwen2_kernels.lora.batch import (
     DOWN_PROJECTION,
     GATE_UP_PROJECTION,
@@ -25,12 +25,16 @@ from tests.kernels.lora_steps import ALL, StepSpec, column_modules, make_batch, 
 
 lora_delta: Any = api.lora_delta
 lora_gated: Any = api.lora_gated
+lora_linear_gated: Any = linear_gated.lora_linear_gated
 ADAPTERS = StepSpec(
     token_groups=(),
     ranks=(8, 16, 40, 64, 16, 8),
     modules=(ALL, ALL, 0b0101101, ALL, 0b1010010, ALL),
 )
 """Of a step; one has no key, gate and down projection, another only those."""
+GATED_TOLERANCE = 0.15
+"""Up and the activated gate each carry what rounding 64 ranks to bfloat16 leaves, about 0.002 of a deviation, and
+multiply each other's, up to nine deviations large: one element in 100,000 is off by more than 0.03."""
 SHAPES = (
     *(("7b", "qkv", tokens) for tokens in (1, 33, 2048)),
     *(("7b", "o", tokens) for tokens in (3, 200)),
@@ -57,6 +61,22 @@ def lora_cases(shapes: tuple[tuple[str, str, int], ...] = SHAPES) -> Iterator[Gp
                 run=_run_gated if name == "gate_up" else partial(_run_delta, projection),
                 make=partial(_lora_arrays, projection, geometry.projections[name], tokens),
                 seeds=2,
+                tolerance=GATED_TOLERANCE if name == "gate_up" else 0.03,
+            )
+
+
+def fused_cases(shapes: tuple[tuple[str, int], ...] = (("7b", 2048), ("7b", 512), ("0.5b", 8192))) -> Iterator[GpuCase]:
+    """Return gated projections with adapters, of geometries and numbers of tokens."""
+    for model, tokens in shapes:
+        for implementation in ("mosaic", "separate"):
+            yield GpuCase(
+                op="lora_linear_gated",
+                implementation=implementation,
+                label=f"{model}_{tokens}",
+                run=partial(lora_linear_gated, activation="silu"),
+                make=partial(_fused_arrays, QWEN2_5[model].projections["gate_up"], tokens),
+                seeds=2,
+                tolerance=GATED_TOLERANCE,
             )
 
 
@@ -98,6 +118,12 @@ def _lora_arrays(projection: LoRAProjection, kernel: tuple[int, ...], tokens: in
     if projection is not GATE_UP_PROJECTION:
         return x, a_bank, b_bank, bias_bank, batch
     return x, normal(seed + 4, (tokens, *columns)), a_bank, b_bank, bias_bank, bias_bank[:, ::-1], batch
+
+
+def _fused_arrays(kernel: tuple[int, ...], tokens: int, seed: int) -> tuple[Any, ...]:
+    """Draw a step in which rows of some tokens have an adapter or none."""
+    x, _, a_bank, b_bank, _, _, batch = _lora_arrays(GATE_UP_PROJECTION, kernel, tokens, seed)
+    return x, normal(seed + 5, kernel, kernel[-1] ** -0.5), a_bank, b_bank, batch
 
 
 def _masks(

@@ -146,5 +146,12 @@ def test_what_it_cannot_do_is_refused_or_done_separately() -> None:
         run(x, kernel, a, b, batch, activation="silu", bias_bank=bias, implementation="mosaic")
     with pytest.raises(ValueError, match="no implementation 'triton'"):
         run(x, kernel, a, b, batch, activation="silu", implementation="triton")
-    out = run(x, kernel, a, b, batch, activation="silu").astype(jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "separate"])
+def test_other_implementations(implementation: str) -> None:
+    groups, x, kernel, a, b = draw(130)
+    batch = make_batch(groups, GROUPS, 50, window=WINDOW)
+    run: Any = lora_linear_gated
+    out = run(x, kernel, a, b, batch, activation="silu", implementation=implementation).astype(jnp.float32)
     np.testing.assert_allclose(out, formula(groups, x, kernel, a, b), rtol=0.03, atol=0.03)

@@ -1,4 +1,4 @@
-"""`lora_delta` and `lora_gated` on an NVIDIA GPU against the references in float32; their cases on a CPU, too."""
+"""The ops of `lora` on an NVIDIA GPU against the references in float32; their cases on a CPU, too."""
 
 from functools import partial
 
@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from tests.kernels.gpu_case import ON_GPU, GpuCase, GpuCases
-from tests.kernels.gpu_lora_cases import lora_cases
+from tests.kernels.gpu_lora_cases import fused_cases, lora_cases
 from tests.kernels.test_lora_triton import H100
 
-CASES = GpuCases(lora_cases())
+CASES = GpuCases([*lora_cases(), *fused_cases()])
 SMALL = [("0.5b", "qkv", 3), ("0.5b", "gate_up", 20)]
 ON_CPU = [] if ON_GPU else list(lora_cases(tuple(SMALL)))
 

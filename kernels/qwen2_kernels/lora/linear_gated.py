@@ -13,9 +13,10 @@ from qwen2_kernels.linear.mosaic_config import MosaicConfig
 from qwen2_kernels.linear.mosaic_support import supported
 from qwen2_kernels.lora.api import lora_gated
 from qwen2_kernels.lora.batch import LoRABatch
+from qwen2_kernels.lora.reference import lora_gated_reference
 from qwen2_kernels.lora.segments import WINDOW
 
-IMPLEMENTATIONS = ("auto", "mosaic", "separate")
+IMPLEMENTATIONS = ("auto", "reference", "mosaic", "separate")
 
 
 def lora_linear_gated(
@@ -37,7 +38,7 @@ def lora_linear_gated(
         x: the tokens. NaN in one of them (padding) reaches no other.
         kernel: gate's and up's weights, [out, in].
         a_bank, b_bank, batch, activation, bias_bank, scale_bank: see `lora_gated`.
-        implementation: `"mosaic"` (Hopper, bfloat16, silu, tables with windows of 128 tokens, no `bias_bank` and
+        implementation: `"reference"`, `"mosaic"` (Hopper, bfloat16, silu, tables with windows of 128 tokens, no `bias_bank` and
             `scale_bank`), `"separate"` (`linear`, then `lora_gated`), or `"auto"`: `"mosaic"` where it can do what is
             asked, in a program that is traced for a mesh of such GPUs.
         config: the Mosaic kernel's tiles, for tuning, with `implementation="mosaic"`.
@@ -50,6 +51,9 @@ def lora_linear_gated(
         raise ValueError(f"lora_linear_gated has no implementation {implementation!r}; use one of {IMPLEMENTATIONS}")
     if config is not None and implementation != "mosaic":
         raise ValueError(f"lora_linear_gated: config is for implementation='mosaic', not {implementation!r}")
+    if implementation == "reference":
+        base = jnp.einsum("td,pfd->tpf", x, kernel, preferred_element_type=jnp.float32)
+        return lora_gated_reference(x, base, a_bank, b_bank, bias_bank, scale_bank, batch, activation=activation)
     has_vectors = bias_bank is not None or scale_bank is not None
     reason = _unsupported(x, kernel, b_bank, batch, activation, has_vectors=has_vectors)
     if implementation == "mosaic" and reason is not None:
