@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import qwen2_jax
 from qwen2_jax.cli_options import COMMANDS, ENGINE_OPTIONS, MERGE_OPTIONS, SAMPLING_OPTIONS, parse
 from qwen2_jax.errors import ConfigError, Qwen2JaxError, RequestError, nearest
-from qwen2_jax.types import LoRARequest, RequestOutput, SamplingParams
+from qwen2_jax.types import AdapterRequest, LoRARequest, MergedLoRARequest, MergeOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from qwen2_jax.llm import LLM
@@ -77,7 +77,7 @@ def _engine(model: str, args: Namespace, **options: Any) -> Iterator["LLM"]:
     from qwen2_jax.llm import LLM
 
     SamplingParams(**_given(args, SAMPLING_OPTIONS))  # a wrong value shows before the model is loaded
-    options |= {"enable_lora": True} if "lora" in args else {}
+    options |= {} if _lora(args) is None else {"enable_lora": True}
     llm = LLM(model, **_given(args, ENGINE_OPTIONS), **options)
     try:
         yield llm
@@ -90,12 +90,18 @@ def _sampling_params(llm: "LLM", args: Namespace, max_tokens: int | None) -> Sam
     return llm.get_default_sampling_params().replace(**{"max_tokens": max_tokens, **given})
 
 
-def _lora(args: Namespace) -> LoRARequest | None:
-    """Return the adapter that is asked for."""
-    return LoRARequest(Path(args.lora).name, 1, args.lora) if "lora" in args else None
+def _lora(args: Namespace) -> AdapterRequest | None:
+    """Return the adapter that is asked for; several, or one with a weight, are a merge."""
+    if "lora" not in args:
+        return None
+    paths, weights = zip(*(_split_weight("lora", text) for text in args.lora), strict=True)
+    adapters = [LoRARequest(Path(path).name, number, path) for number, path in enumerate(paths, 1)]
+    if weights == (1.0,):
+        return adapters[0]
+    return MergedLoRARequest("+".join(adapter.lora_name for adapter in adapters), 1, adapters, weights)
 
 
-async def _stream(llm: "LLM", prompt: str | Messages, params: SamplingParams, lora: LoRARequest | None) -> str:
+async def _stream(llm: "LLM", prompt: str | Messages, params: SamplingParams, lora: AdapterRequest | None) -> str:
     """Print an answer as it grows, then its speed, and return it."""
     started = time.perf_counter()
     first: tuple[float, int] | None = None
@@ -166,9 +172,8 @@ def _merge(args: Namespace) -> None:
     for name, advice in (("adapter", "PATH or PATH:WEIGHT, once for each adapter"), ("out", "a new folder")):
         if name not in args:
             raise ConfigError(f"merge needs --{name}: {advice}")
-    adapters = [_split_weight(text) for text in args.adapter]
+    adapters = [_split_weight("adapter", text) for text in args.adapter]
     from qwen2_jax.lora.merge_folders import merge_folders
-    from qwen2_jax.lora.merge_methods import MergeOptions
 
     options = MergeOptions(**_given(args, MERGE_OPTIONS))
     given = _given(args, ("checkpoint", "revision", "hf_token"))
@@ -178,15 +183,15 @@ def _merge(args: Namespace) -> None:
     print(args.out)
 
 
-def _split_weight(text: str) -> tuple[str, float]:
-    """Split `PATH:WEIGHT`; a path that exists is one as a whole."""
+def _split_weight(option: str, text: str) -> tuple[str, float]:
+    """Split an option's `PATH:WEIGHT`; a path that exists is one as a whole."""
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         return text, 1.0
     try:
         return path, float(weight)
     except ValueError:
-        raise ConfigError(f"--adapter {text!r}: {weight!r} is not a number; write PATH or PATH:WEIGHT") from None
+        raise ConfigError(f"--{option} {text!r}: {weight!r} is not a number; write PATH or PATH:WEIGHT") from None
 
 
 def _chat(args: Namespace) -> None:

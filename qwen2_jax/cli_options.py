@@ -100,7 +100,13 @@ class Command:
 
 _HELP: Options = {"help": {"action": "help", "help": "show this and end"}}
 _MODEL: Options = {"model": {"help": "hub id, folder, .gguf file or smollm2; instead of the first argument"}}
-LORA: Options = {"lora": {"metavar": "ADAPTER", "help": "folder or hub id of the LoRA adapter to answer with"}}
+LORA: Options = {
+    "lora": {
+        "action": "append",
+        "metavar": "ADAPTER[:WEIGHT]",
+        "help": "folder or hub id of the LoRA adapter to answer with; several are merged, with these weights (1)",
+    }
+}
 _ENGINE = {"adapter": LORA, "engine": ENGINE_OPTIONS}
 _SAMPLING = {"sampling": SAMPLING_OPTIONS}
 

@@ -21,8 +21,8 @@ from qwen2_jax.lora.entry import AdapterStats
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import (
+    AdapterRequest,
     EmbeddingRequestOutput,
-    LoRARequest,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
@@ -96,7 +96,8 @@ class LLM:
             prompts: one or many texts, token-id lists, or `{"prompt_token_ids": [...]}`.
             sampling_params: one for all, or one per prompt; None takes the model's defaults.
             use_tqdm: show a progress bar.
-            lora_request: the adapter of all prompts, or one or None per prompt; needs `enable_lora=True`.
+            lora_request: the adapter of all prompts, or one or None per prompt, each a `LoRARequest` or several merged
+                as a `MergedLoRARequest`; needs `enable_lora=True`.
             priority: one per prompt; lower runs first under `scheduling_policy="priority"`.
 
         Raises:
@@ -154,7 +155,7 @@ class LLM:
         prompt: Prompt | Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
-        lora_request: LoRARequest | None = None,
+        lora_request: AdapterRequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield one request's outputs as they grow (`sampling_params.output_kind` says how); a conversation is a chat.
@@ -195,7 +196,7 @@ class LLM:
             else outputs
         )
 
-    def load_lora(self, lora_request: LoRARequest, *, pin: bool = False) -> LoadedLoRA:
+    def load_lora(self, lora_request: AdapterRequest, *, pin: bool = False) -> LoadedLoRA:
         """Bring an adapter to the device ahead of its first request; with `pin` it stays there until it is unloaded.
 
         Raises `AdapterError` for one that cannot be served, and `CapacityError` where those in use leave no room.

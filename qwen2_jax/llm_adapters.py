@@ -9,9 +9,9 @@ from qwen2_jax.engine.async_engine import AsyncEngine
 from qwen2_jax.errors import AdapterError, CapacityError, RequestError
 from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
 from qwen2_jax.lora.manager import AdapterManager
-from qwen2_jax.types import LoRARequest
+from qwen2_jax.types import AdapterRequest
 
-LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
+LoRARequests = AdapterRequest | Sequence[AdapterRequest | None] | None
 _READERS = 4
 _POLL_SECONDS = 0.001
 
@@ -22,8 +22,9 @@ class LoadedLoRA:
 
     name: str
     path: str
+    """Its folder, or which folders it is the merge of."""
     digest: str
-    """SHA-256 of its weights and of what its config says about them."""
+    """SHA-256 of its weights and of what its config says about them; of a merge, of those, the weights and options."""
     applied: dict[str, int]
     """How many layers it changes, by module."""
     nbytes: int
@@ -51,8 +52,10 @@ class Adapters:
         if len(listed) != count:
             raise RequestError(f"lora_request has {len(listed)} entries for {count} prompts; pass one per prompt")
         for request in listed:
-            if request is not None and not isinstance(request, LoRARequest):
-                raise AdapterError(f"lora_request={request!r} is not a LoRARequest(name, id, path) or None")
+            if request is not None and not isinstance(request, AdapterRequest):
+                raise AdapterError(
+                    f"lora_request={request!r} is not a LoRARequest(name, id, path), a MergedLoRARequest or None"
+                )
         distinct = list(dict.fromkeys(request for request in listed if request is not None))
         if not distinct:
             return [None] * count
@@ -61,7 +64,7 @@ class Adapters:
             found = dict(zip(distinct, threads.map(manager.find, distinct), strict=True))
         return [None if request is None else found[request] for request in listed]
 
-    def load(self, request: LoRARequest, *, pin: bool) -> LoadedLoRA:
+    def load(self, request: AdapterRequest, *, pin: bool) -> LoadedLoRA:
         """Bring an adapter to the device; see `LLM.load_lora`."""
         entry, manager = self.find(request, 1)[0], self._manager()
         assert entry is not None
@@ -103,7 +106,7 @@ class Adapters:
 def _describe(entry: AdapterEntry) -> LoadedLoRA:
     return LoadedLoRA(
         name=entry.request.lora_name,
-        path=str(entry.path),
+        path=str(entry.source),
         digest=entry.digest,
         applied=dict(entry.applied),
         nbytes=entry.nbytes,

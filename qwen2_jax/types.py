@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
-from qwen2_jax.errors import AdapterError
+from qwen2_jax.lora_requests import AdapterRequest, LoRARequest, MergedLoRARequest, MergeOptions
 from qwen2_jax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 __all__ = [
+    "AdapterRequest",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
@@ -17,6 +18,8 @@ __all__ = [
     "Logprob",
     "Logprobs",
     "LogprobsOnePosition",
+    "MergeOptions",
+    "MergedLoRARequest",
     "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
@@ -26,28 +29,6 @@ __all__ = [
 
 FinishReason = Literal["stop", "length", "abort", "repetition"]
 """Why an output ended: a stop condition, a length limit, the caller's abort, or a detected repetition."""
-
-
-@dataclass(frozen=True)
-class LoRARequest:
-    """Names the LoRA adapter that a request runs with.
-
-    Raises:
-        AdapterError: an empty name or path, or an id that is not a positive integer.
-    """
-
-    lora_name: str
-    lora_int_id: int
-    """A number of at least 1 that is this adapter's alone."""
-    lora_path: str
-    """A local folder in PEFT's format, or a hub id."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("lora_name", self.lora_name), ("lora_path", self.lora_path)):
-            if not isinstance(value, str) or not value:
-                raise AdapterError(f"{name}={value!r} is not allowed; use a string that is not empty")
-        if isinstance(self.lora_int_id, bool) or not isinstance(self.lora_int_id, int) or self.lora_int_id < 1:
-            raise AdapterError(f"lora_int_id={self.lora_int_id!r} is not allowed; use an integer of at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +161,7 @@ class RequestOutput:
     """One entry per prompt token; the first is None because nothing comes before it."""
     outputs: Sequence[CompletionOutput]
     finished: bool
-    lora_request: LoRARequest | None = None
+    lora_request: AdapterRequest | None = None
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache already had."""
     metrics: RequestMetrics | None = None

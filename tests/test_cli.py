@@ -14,12 +14,14 @@ import pytest
 from qwen2_jax.cli import DEFAULT_MAX_TOKENS, main
 from qwen2_jax.cli_options import COMMANDS, MERGE_OPTIONS, SAMPLING_OPTIONS, parse
 from qwen2_jax.errors import CheckpointError, RequestError
-from qwen2_jax.lora.merge_methods import MergeOptions
 from qwen2_jax.types import (
+    AdapterRequest,
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     LoRARequest,
+    MergedLoRARequest,
+    MergeOptions,
     RequestOutput,
     SamplingParams,
 )
@@ -37,7 +39,7 @@ class FakeLLM:
             raise CheckpointError("missing is neither a folder nor a model on the hub")
         self.model, self.options, self.closed = model, options, False
         self.asked: list[tuple[Any, SamplingParams]] = []
-        self.loras: list[LoRARequest | None] = []
+        self.loras: list[AdapterRequest | None] = []
         FakeLLM.made.append(self)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -52,14 +54,14 @@ class FakeLLM:
         return RequestOutput(request_id="0", prompt=question, prompt_token_ids=[1], outputs=[answer], finished=True)
 
     def generate(
-        self, prompts: Sequence[str], params: SamplingParams, lora_request: LoRARequest | None = None
+        self, prompts: Sequence[str], params: SamplingParams, lora_request: AdapterRequest | None = None
     ) -> list[RequestOutput]:
         self.loras.append(lora_request)
         self.asked += [(prompt, params) for prompt in prompts]
         return [self._output(prompt) for prompt in prompts]
 
     async def stream(
-        self, prompt: Any, params: SamplingParams, lora_request: LoRARequest | None = None
+        self, prompt: Any, params: SamplingParams, lora_request: AdapterRequest | None = None
     ) -> AsyncIterator[RequestOutput]:
         self.loras.append(lora_request)
         self.asked.append((prompt, params))
@@ -70,7 +72,7 @@ class FakeLLM:
         for length in (1, 4, None):
             yield self._output(prompt, length)
 
-    def embed(self, texts: Sequence[str], lora_request: LoRARequest | None = None) -> list[EmbeddingRequestOutput]:
+    def embed(self, texts: Sequence[str], lora_request: AdapterRequest | None = None) -> list[EmbeddingRequestOutput]:
         self.loras.append(lora_request)
         return [
             EmbeddingRequestOutput(
@@ -199,6 +201,14 @@ def test_an_adapter_is_served_with_room_for_it(argv: list[str], llm: list[FakeLL
     assert llm[1].loras == [None] and "enable_lora" not in llm[1].options
 
 
+def test_several_adapters_are_served_as_their_merge(llm: list[FakeLLM]) -> None:
+    a, b = LoRARequest("a", 1, "adapters/a"), LoRARequest("b", 2, "adapters/b")
+    main(["generate", "m", "a", "--lora", "adapters/a:-0.7", "--lora", "adapters/b"])
+    main(["generate", "m", "a", "--lora", "adapters/a:0.5"])
+    assert llm[0].loras == [MergedLoRARequest("a+b", 1, [a, b], [-0.7, 1.0])]
+    assert llm[1].loras == [MergedLoRARequest("a", 1, [a], [0.5])]
+
+
 def test_stop_may_be_repeated(llm: list[FakeLLM]) -> None:
     main(["generate", "model", "a", "--stop", "x", "--stop", "y", "--top-k", "-1"])
     params = llm[0].asked[0][1]
@@ -229,6 +239,7 @@ def test_convert_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["generate", "model", "a", "--hf-overrides", "[1]"], "'[1]' is not a JSON object"),
         (["generate", "model", "a", "--hf-overrides", "{"], "'{' is not JSON"),
         (["generate", "model", "a", "b", "--stream"], "--stream prints the text of one prompt"),
+        (["generate", "model", "a", "--lora", "a:half"], "--lora 'a:half': 'half' is not a number"),
         (["generate"], "no model was named"),
         (["generate", "missing", "a"], "missing is neither a folder nor a model on the hub"),
         (["chat", "model", "hello"], "chat takes a model and nothing after it, not 'hello'"),
@@ -249,8 +260,9 @@ def test_mistake_is_one_line(argv: list[str], message: str, capsys: pytest.Captu
     assert out == ""
 
 
-def test_wrong_sampling_parameter_shows_before_the_model_is_loaded(llm: list[FakeLLM]) -> None:
-    assert main(["generate", "model", "a", "--max-tokens", "0"]) == 2
+@pytest.mark.parametrize("option", ["--max-tokens=0", "--lora=a:inf"])
+def test_wrong_value_shows_before_the_model_is_loaded(llm: list[FakeLLM], option: str) -> None:
+    assert main(["generate", "model", "a", option]) == 2
     assert llm == []
 
 

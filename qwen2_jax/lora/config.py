@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
 from qwen2_jax.config.fields import LARGEST_INT, shown
 from qwen2_jax.errors import AdapterError
@@ -41,6 +42,8 @@ _REFUSED = {
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # LoRA-GA too: PEFT subtracts the initial update from the base weights (`LoraLayer.lora_ga_init`).
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# A match takes microseconds, unless the expression tries all ways to cut a name into pieces.
+_MATCH_SECONDS = 1.0
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -64,13 +67,16 @@ class AdapterConfig:
     ensure_weight_tying: bool
 
     def rank(self, path: str) -> int:
-        """Return the rank of the module called `path` in the model that was trained."""
-        return _first_match(self.rank_pattern, path, self.r)
+        """Return the rank of the module called `path` in the model that was trained.
+
+        Raises `AdapterError` for a pattern that does not come to an end with this path.
+        """
+        return _first_match("rank_pattern", self.rank_pattern, path, self.r)
 
     def scaling(self, path: str) -> float:
-        """Return what multiplies `B @ A` of the module called `path` in the model that was trained."""
+        """Return what multiplies `B @ A` of the module called `path` in the model that was trained; see `rank`."""
         rank = self.rank(path)
-        alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
+        alpha = _first_match("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def canonical(self) -> bytes:
@@ -168,8 +174,9 @@ def _pattern[T](file: Path, fields: Mapping[str, Any], name: str, read: Callable
         raise _wrong(file, name, pattern, "an object from modules to numbers")
     for key in pattern:
         try:
-            re.compile(_expression(key))
-        except (re.error, OverflowError, RecursionError) as error:
+            re.compile(_expression(key))  # what PEFT matches with, and stricter
+            regex.compile(_expression(key), regex.V0)
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
             raise AdapterError(
                 f"{file}: the key {shown(key)} of {name} is not a regular expression: {error}"
             ) from error
@@ -181,8 +188,19 @@ def _expression(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
-def _first_match[T](pattern: Mapping[str, T], path: str, default: T) -> T:
-    return next((value for key, value in pattern.items() if re.match(_expression(key), path)), default)
+def _first_match[T](name: str, pattern: Mapping[str, T], path: str, default: T) -> T:
+    return next((value for key, value in pattern.items() if _matches(name, key, path)), default)
+
+
+def _matches(name: str, key: str, path: str) -> bool:
+    """Whether PEFT takes a pattern's key for the module called `path`. Unlike `re`, `regex` can be told to give up."""
+    try:
+        return regex.match(_expression(key), path, regex.V0, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise AdapterError(
+            f"the key {shown(key)} of {name} takes more than {_MATCH_SECONDS:g} s to match {path!r}; write a simpler "
+            "regular expression"
+        ) from error
 
 
 def _modules_to_save(file: Path, value: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""An adapter that the engine knows: where its files are, what of it is in memory, and who uses it."""
+"""An adapter that the engine knows: where it comes from, what of it is in memory, and who uses it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import AdapterError
-from qwen2_jax.types import LoRARequest
+from qwen2_jax.types import AdapterRequest
 
 if TYPE_CHECKING:
     from qwen2_jax.lora.pages import Page, Vectors
+    from qwen2_jax.lora.sources import AdapterSource
     from qwen2_jax.lora.vocab import VocabCopy
     from qwen2_jax.models.adapters import TokenGroup
 
@@ -54,9 +54,10 @@ class HostCopy:
 class AdapterEntry:
     """One adapter, known by its content. Only the manager changes it."""
 
-    request: LoRARequest
+    request: AdapterRequest
     """The first request that named it."""
-    path: Path
+    source: AdapterSource
+    """Where it is read again once it has left host memory."""
     digest: str
     """Of its content: another content is another adapter."""
     needs: Mapping[str, int]

@@ -30,16 +30,11 @@ def resolve_adapter(
         return hub.resolve_adapter(name, revision=revision, token=token, subfolder=subfolder)
 
 
-def digest_adapter(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of an adapter's weights and of the fields of its config that matter to them.
+def digest_of(config: AdapterConfig, file: Path) -> str:
+    """Return the hexadecimal SHA-256 of the weights in `file` and of the fields of `config` that matter to them.
 
     Two folders with one digest are the same adapter. Reads the whole file once; raises `AdapterError`.
     """
-    return digest_of(read_config(path), weights_file(path))
-
-
-def digest_of(config: AdapterConfig, file: Path) -> str:
-    """Return the digest of a config that has been read and the weights in `file`; see `digest_adapter`."""
     try:
         with file.open("rb") as stream:
             weights = hashlib.file_digest(stream, "sha256").digest()

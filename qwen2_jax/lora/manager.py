@@ -1,28 +1,28 @@
-"""Keeps adapters: on disk, in host memory and on the devices, the least recently used leaving first.
+"""Keeps adapters: at their source, in host memory and on the devices, the least recently used leaving first.
 
-`find` reads and checks an adapter in the thread that asks for it; copies to the devices are prepared by threads of the
-manager's own; all that concerns the banks is done by the engine's thread in `acquire`, `release` and `unload`.
+`find` reads and checks an adapter, or merges several, in the thread that asks for it; copies to the devices are
+prepared by threads of the manager's own; all that concerns the banks is done by the engine's thread in `acquire`,
+`release` and `unload`.
 """
 
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from weakref import WeakValueDictionary
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import AdapterError, nearest
 from qwen2_jax.lora.adapter import Adapter
 from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
-from qwen2_jax.lora.files import digest_adapter, file_signature, resolve_adapter
 from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
-from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.lora.room import Room
 from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.lora.sources import AdapterSource, source_of
 from qwen2_jax.lora.staging import UNWANTED_SECONDS, Staging
 from qwen2_jax.lora.vocab import vocab_ranks
-from qwen2_jax.types import LoRARequest
+from qwen2_jax.types import AdapterRequest
 
 _OPTIONS = {
     "pages": "max_loras",
@@ -43,10 +43,11 @@ class AdapterManager:
         self._base, self._placer, self._token = base, placer, token
         self._sizes = sizes
         self._room = Room(sizes.places)
-        self._lock = threading.RLock()  # of the three tables below and the host copies
+        self._lock = threading.RLock()  # of the four tables below and the host copies
         self._by_digest: dict[str, AdapterEntry] = {}
-        self._by_path: dict[Path, tuple[Any, AdapterEntry]] = {}
+        self._by_source: dict[AdapterSource, tuple[Hashable, AdapterEntry]] = {}
         self._names: dict[int, str] = {}
+        self._reading: WeakValueDictionary[AdapterSource, threading.Lock] = WeakValueDictionary()
         self._on_host: OrderedDict[AdapterEntry, None] = OrderedDict()
         self._resident: OrderedDict[AdapterEntry, None] = OrderedDict()
         self._waiting_since: dict[AdapterEntry, float] = {}
@@ -58,28 +59,35 @@ class AdapterManager:
         """The banks on the devices."""
         return self._placer
 
-    def find(self, request: LoRARequest) -> AdapterEntry:
+    def find(self, request: AdapterRequest) -> AdapterEntry:
         """Return the adapter that `request` names, read and checked if it is new or has changed; from any thread.
 
-        Raises `AdapterError` for one that cannot be served, and for an id that another name has.
+        Threads that ask for the same at once read, and merge, it once; others go on meanwhile. Raises `AdapterError`
+        for one that cannot be served, and for an id that another name has.
         """
-        path = resolve_adapter(request.lora_path, token=self._token)
-        signature = file_signature(path)
+        source = source_of(request, token=self._token)
+        with self._lock:
+            reading = self._reading.setdefault(source, threading.Lock())
+        with reading:
+            return self._find(request, source)
+
+    def _find(self, request: AdapterRequest, source: AdapterSource) -> AdapterEntry:
+        signature = source.signature()
         with self._lock:
             self._check_id(request)
-            found = self._by_path.get(path)
+            found = self._by_source.get(source)
             if found is not None and found[0] == signature and self._is_usable(found[1]):
                 return found[1]
-        entry = self._register(request, path)
+        entry = self._register(request, source)
         with self._lock:
             self._check_id(request)
             self._names[request.lora_int_id] = request.lora_name
             known = self._by_digest.get(entry.digest)
             if known is not None and self._is_usable(known):
-                known.host, known.path = known.host or entry.host, path  # the files that were read last are there
+                known.host, known.source = known.host or entry.host, source  # the files that were read last are there
                 entry = known
             self._by_digest[entry.digest] = entry
-            self._by_path[path] = signature, entry
+            self._by_source[source] = signature, entry
             self._keep_on_host(entry)
         return entry
 
@@ -122,7 +130,7 @@ class AdapterManager:
                 del self._by_digest[entry.digest]
                 self._on_host.pop(entry, None)
                 entry.is_unloaded, entry.is_pinned = True, False
-            self._by_path = {path: found for path, found in self._by_path.items() if found[1] not in entries}
+            self._by_source = {source: found for source, found in self._by_source.items() if found[1] not in entries}
             self._names = {number: known for number, known in self._names.items() if known != name}
         for entry in entries:
             if entry.is_resident and not entry.pins:
@@ -162,7 +170,7 @@ class AdapterManager:
         self._staging.close()
         self._placer.delete()
 
-    def _check_id(self, request: LoRARequest) -> None:
+    def _check_id(self, request: AdapterRequest) -> None:
         known = self._names.get(request.lora_int_id, request.lora_name)
         if known != request.lora_name:
             raise AdapterError(
@@ -172,13 +180,14 @@ class AdapterManager:
     def _is_usable(self, entry: AdapterEntry) -> bool:
         return not entry.is_unloaded and entry.error is None
 
-    def _register(self, request: LoRARequest, path: Path) -> AdapterEntry:
-        name, adapter = request.lora_name, read_adapter(path, self._base)
+    def _register(self, request: AdapterRequest, source: AdapterSource) -> AdapterEntry:
+        name, adapter = request.lora_name, source.read(self._base)
         rank = max(adapter.max_rank, vocab_ranks(adapter))
         if rank > self._sizes.max_rank:
             raise AdapterError(
                 f"adapter {name!r} has rank {rank} (a replaced token counts as one); max_lora_rank="
                 f"{self._sizes.max_rank} allows no more, start with max_lora_rank={rank}"
+                f"{source.advice_for_rank(self._sizes.max_rank)}"
             )
         host = self._placer.host_copy(name, adapter)
         if (kind := self._room.lacking(host.needs)) is not None:
@@ -188,7 +197,7 @@ class AdapterManager:
             )
         return AdapterEntry(
             request=request,
-            path=path,
+            source=source,
             digest=adapter.digest,
             needs=host.needs,
             nbytes=adapter.nbytes,
@@ -235,16 +244,16 @@ class AdapterManager:
         return not self._room.fits(entry.needs, given_back=others)
 
     def _stage(self, entry: AdapterEntry) -> Staged:
-        """Copy an adapter to the devices, from host memory or, where it has left that, from its files."""
+        """Copy an adapter to the devices, from host memory or, where it has left that, from its source."""
         with self._lock:
             host = entry.host
         if host is None:
-            if digest_adapter(entry.path) != entry.digest:
+            name, adapter = entry.request.lora_name, entry.source.read(self._base)
+            if adapter.digest != entry.digest:
                 raise AdapterError(
-                    f"adapter {entry.request.lora_name!r}: {entry.path} has changed since the request was sent; send "
-                    "it again"
+                    f"adapter {name!r}: {entry.source} has changed since the request was sent; send it again"
                 )
-            host = self._placer.host_copy(entry.request.lora_name, read_adapter(entry.path, self._base))
+            host = self._placer.host_copy(name, adapter)
             with self._lock:
                 entry.host = host
                 self._keep_on_host(entry)

@@ -14,8 +14,9 @@ from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.adapter import Adapter, LowRank
 from qwen2_jax.lora.keys import EMBED_TOKENS, LM_HEAD
 from qwen2_jax.lora.merge_factors import Factors, concatenated, delta_of, factorised, truncated
-from qwen2_jax.lora.merge_methods import MergeOptions, combine
+from qwen2_jax.lora.merge_methods import combine
 from qwen2_jax.lora.reader import ModuleId
+from qwen2_jax.lora_requests import MergeOptions, check_weights
 
 _INTO_BASE = "merge this adapter alone, with weight 1, into a checkpoint"
 REPLACING_FIELDS = ("full_embed_tokens", "full_lm_head", "embed_token_rows", "lm_head_token_rows")
@@ -64,11 +65,7 @@ def merge_adapters(
     options. Raises `AdapterError` for other replaced biases, for magnitudes (DoRA), full copies and token rows, for
     adapters that do not fit each other, and for weights that are not finite.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights; give at least one, and a weight each")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise AdapterError(f"weight={weight!r} is not a finite number")
+    check_weights(len(adapters), weights)
     for place, adapter in enumerate(adapters, 1):
         _refuse_replacements(f"adapter {place} of {len(adapters)}", adapter)
     biases = _shared_biases(adapters, weights, options)

@@ -93,6 +93,8 @@ def _tensors(checkpoint: Checkpoint, adapter: Adapter, config: ModelConfig, *, u
     changes = _changes(adapter, config)
     if config.tie_word_embeddings and _HEAD not in entries:
         changes.pop(_HEAD, None)
+    elif config.tie_word_embeddings and not unties and _HEAD in changes:
+        changes[_HEAD] = changes[_EMBEDDING]  # the same values; its own product could be rounded differently
     for name, (shape, _) in changes.items():
         _check_place(checkpoint, name, entries.get(name), shape)
     for name, entry in entries.items():

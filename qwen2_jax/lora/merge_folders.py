@@ -7,9 +7,9 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.lora.files import resolve_adapter
 from qwen2_jax.lora.merge import MergedAdapter, merge_adapters
 from qwen2_jax.lora.merge_checkpoint import merge_into_checkpoint
-from qwen2_jax.lora.merge_methods import MergeOptions
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.lora.writer import check_new, write_adapter
+from qwen2_jax.lora_requests import MergeOptions
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.models.weights import open_checkpoint
 

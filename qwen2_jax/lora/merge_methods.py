@@ -6,81 +6,14 @@ never about A and B apart, which a product does not allow (docs/merging.md).
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import numpy as np
 
-from qwen2_jax.errors import AdapterError
+from qwen2_jax.lora_requests import DRAWING, ELECTING, MajoritySign, MergeOptions
 
-Method = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-MajoritySign = Literal["total", "frequency"]
 Delta = Callable[[], np.ndarray]
 """Makes a delta anew at each call, so that memory holds one of them however many adapters there are."""
-
-_ELECTING: tuple[Method, ...] = ("ties", "dare_ties")
-_DRAWING: tuple[Method, ...] = ("dare_linear", "dare_ties")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions:
-    """How adapters are merged; what the method has no use for is refused, so that no option is ignored.
-
-    Raises `AdapterError`, which names the field, its value and what is allowed.
-    """
-
-    method: Method = "linear"
-    """`linear`: the weighted sum. `magnitude_prune`: that of each delta's largest entries. `dare_linear`: that of
-    random entries, scaled up by `1 / density`. `ties` and `dare_ties`: of what either of these leaves, each entry takes
-    the sign that prevails, and the mean of the weighted entries with that sign."""
-    density: float | None = None
-    """The share of a delta's entries that is kept, in (0, 1]; needed by all methods but `linear`."""
-    majority_sign_method: MajoritySign | None = None
-    """Which sign prevails in `ties` and `dare_ties`: the sum's (`total`, also for None) or the more frequent."""
-    seed: int | None = None
-    """What `dare_linear` and `dare_ties` draw from; None is 0."""
-    rank: int | None = None
-    """The most that a module of the result may have; None is the sum of the merged ranks."""
-
-    def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise AdapterError(f"method={self.method!r} is unknown; use one of {', '.join(get_args(Method))}")
-        self._check_density()
-        if self.majority_sign_method not in (None, *get_args(MajoritySign)):
-            raise AdapterError(
-                f"majority_sign_method={self.majority_sign_method!r} is unknown; use 'total' or 'frequency'"
-            )
-        if self.majority_sign_method is not None and self.method not in _ELECTING:
-            raise self._useless("majority_sign_method", _ELECTING)
-        if self.seed is not None and self.method not in _DRAWING:
-            raise self._useless("seed", _DRAWING)
-        if self.seed is not None and not _is_int(self.seed):
-            raise AdapterError(f"seed={self.seed!r} is not an integer")
-        if self.rank is not None and (not _is_int(self.rank) or self.rank < 1):
-            raise AdapterError(f"rank={self.rank!r} is not a positive integer; leave it out for the sum of the ranks")
-
-    def _check_density(self) -> None:
-        pruning = tuple(method for method in get_args(Method) if method != "linear")
-        if self.method == "linear":
-            if self.density is not None:
-                raise self._useless("density", pruning)
-        elif self.density is None:
-            raise AdapterError(
-                f"method={self.method!r} needs density, the share of entries to keep: in (0, 1], say 0.5"
-            )
-        elif isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
-            raise AdapterError(f"density={self.density!r} is not in (0, 1]; it is the share of entries to keep")
-
-    def _useless(self, field: str, methods: tuple[Method, ...]) -> AdapterError:
-        return AdapterError(
-            f"{field}={getattr(self, field)!r} has no effect with method={self.method!r}; leave it out, or use "
-            f"{' or '.join(methods)}"
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def combine(
@@ -92,7 +25,7 @@ def combine(
     whatever is merged before it.
     """
     sparse = [partial(_sparse, options, delta, key) for delta, key in zip(deltas, keys, strict=True)]
-    if options.method in _ELECTING:
+    if options.method in ELECTING:
         return _elected(sparse, weights, options.majority_sign_method or "total")
     return _weighted_sum(sparse, weights)
 
@@ -100,7 +33,7 @@ def combine(
 def _sparse(options: MergeOptions, delta: Delta, key: str) -> np.ndarray:
     if options.density is None or options.density == 1:
         return delta()
-    if options.method in _DRAWING:
+    if options.method in DRAWING:
         return drop_at_random(delta(), options.density, generator(options.seed or 0, key))
     return keep_largest(delta(), options.density)
 

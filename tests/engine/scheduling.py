@@ -8,6 +8,7 @@ from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import AdapterGate, SchedulerConfig, SchedulerOutput
 from qwen2_jax.engine.scheduler import Scheduler
 from qwen2_jax.lora.entry import AdapterEntry, Admission
+from qwen2_jax.lora.sources import FolderSource
 from qwen2_jax.models.adapters import PageUse, TokenGroup
 from qwen2_jax.types import LoRARequest, SamplingParams
 
@@ -41,7 +42,9 @@ class Gate:
 def make_entry(name: str, *pages: int, vector: int = -1) -> AdapterEntry:
     """An adapter in these pages of the devices and this row of vectors; without either it is not there."""
     request, uses = LoRARequest(name, 1, name), tuple(PageUse(page=page, modules=5) for page in pages)
-    entry = AdapterEntry(request=request, path=Path(name), digest=name, needs={}, nbytes=0, applied=Counter())
+    entry = AdapterEntry(
+        request=request, source=FolderSource(Path(name)), digest=name, needs={}, nbytes=0, applied=Counter()
+    )
     entry.group = TokenGroup(pages=uses, vector=vector) if pages or vector >= 0 else None
     return entry
 

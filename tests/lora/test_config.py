@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def test_initialisations_that_leave_the_base_alone_are_plain(kind: str) -> None:
         ({"rank_pattern": ["q_proj"]}, r"rank_pattern=\['q_proj'\] is not an object"),
         ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\]=None is not"),
         ({"alpha_pattern": {"(q": 1}}, r"key '\(q' of alpha_pattern is not a regular expression"),
+        ({"rank_pattern": {r"\p{L}": 1}}, r"of rank_pattern is not a regular expression: bad escape"),
         ({"use_rslora": 1}, "use_rslora=1 is not true or false"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias are both true"),
         ({"bias": "some"}, "bias='some' is not"),
@@ -114,6 +116,38 @@ def test_the_first_pattern_that_matches_gives_rank_and_alpha(
     config = parse(**fields)
     assert config.rank(path) == rank
     assert config.scaling(path) == pytest.approx(scaling)
+
+
+STALLING = "(l|[a-l]|a|e|y)+r*(.|\\w)*[A-Z]"
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_does_not_come_to_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("qwen2_jax.lora.config._MATCH_SECONDS", 0.05)
+    found = parse(**{name: {STALLING: 2}})
+    message = f"the key {STALLING!r} of {name} takes more than 0.05 s to match 'model.layers.0"
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        found.scaling("model.layers.0.self_attn.q_proj" + "a" * 30)
+    assert found.scaling("lm_head") == 2.0
+
+
+def test_patterns_match_as_those_of_peft_do() -> None:
+    """PEFT uses `re.match`."""
+    keys = (
+        "q_proj|k_proj",
+        r"layers\.(1|2\d)\..*",
+        "(?i:Q_PROJ)",
+        r".*[^.]proj",
+        "",
+        r"(?<!e)q_proj",
+        r"(?P<x>q)(?P=x)*_proj",
+    )
+    paths = [f"model.layers.{i}.self_attn.{name}" for i in (0, 1, 27) for name in ("q_proj", "eq_proj", "qq_proj")]
+    for key in keys:
+        config = parse(alpha_pattern={key: 3}, r=1, lora_alpha=5)
+        for path in [*paths, "q_proj", "q_proj\n", "lm_head"]:
+            matches = re.match(rf"(.*\.)?({key})$", path) is not None
+            assert config.scaling(path) == (3 if matches else 5), (key, path)
 
 
 def test_fields_that_are_absent_have_the_defaults_of_peft() -> None:

@@ -12,8 +12,9 @@ from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora import merge_factors
 from qwen2_jax.lora.adapter import Adapter, TokenRows
 from qwen2_jax.lora.merge import merge_adapters, updates_of
-from qwen2_jax.lora.merge_methods import MergeOptions, combine
+from qwen2_jax.lora.merge_methods import combine
 from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.types import MergeOptions
 from tests.lora.adapters import ADAPTERS, base_config
 from tests.lora.merging import low_rank, make_adapter, product
 

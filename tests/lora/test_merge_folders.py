@@ -8,8 +8,8 @@ import pytest
 
 from qwen2_jax.cli import main
 from qwen2_jax.lora.merge import merge_adapters
-from qwen2_jax.lora.merge_methods import MergeOptions
 from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.types import MergeOptions
 from tests.lora.adapters import ADAPTERS, GOLDEN, base_config
 
 UNTIED, FOLDER = GOLDEN / "untied", ADAPTERS / "untied"

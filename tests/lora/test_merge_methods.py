@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qwen2_jax.errors import AdapterError
-from qwen2_jax.lora.merge_methods import MergeOptions, combine, drop_at_random, generator, keep_largest
+from qwen2_jax.lora.merge_methods import combine, drop_at_random, generator, keep_largest
+from qwen2_jax.types import MergeOptions
 
 WEIGHTS = (0.7, -0.5, 1.2)
 KEYS = ("first", "second", "third")

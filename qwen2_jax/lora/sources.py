@@ -1,0 +1,94 @@
+"""Where an adapter comes from: the files of a folder, or a merge of several folders' adapters."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.lora.adapter import Adapter
+from qwen2_jax.lora.files import file_signature, resolve_adapter
+from qwen2_jax.lora.merge import merge_adapters
+from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.lora_requests import AdapterRequest, LoRARequest, MergedLoRARequest, MergeOptions
+
+
+class AdapterSource(Hashable, Protocol):
+    """Reads an adapter; equal sources read the same files in the same way. As a string it names the files."""
+
+    def signature(self) -> Hashable:
+        """Return what changes when the files are written anew; raises `AdapterError`."""
+        ...
+
+    def read(self, base: ModelConfig) -> Adapter:
+        """Return the adapter for a model with the sizes of `base`; raises `AdapterError`."""
+        ...
+
+    def advice_for_rank(self, rank: int) -> str:
+        """Return how a user gets an adapter of at most `rank` from here, as an error's last words; may be empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """An adapter's local folder."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        """Return the path."""
+        return str(self.path)
+
+    def signature(self) -> Hashable:
+        """See `AdapterSource`."""
+        return file_signature(self.path)
+
+    def read(self, base: ModelConfig) -> Adapter:
+        """See `AdapterSource`."""
+        return read_adapter(self.path, base)
+
+    def advice_for_rank(self, rank: int) -> str:
+        """See `AdapterSource`."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSource:
+    """The adapters of several folders, and how they become one."""
+
+    folders: tuple[FolderSource, ...]
+    weights: tuple[float, ...]
+    options: MergeOptions
+
+    def __str__(self) -> str:
+        """Return which folders are merged."""
+        return f"the merge of {' and '.join(map(str, self.folders))}"
+
+    def signature(self) -> Hashable:
+        """See `AdapterSource`."""
+        return tuple(folder.signature() for folder in self.folders)
+
+    def read(self, base: ModelConfig) -> Adapter:
+        """See `AdapterSource`; what cannot be merged is an `AdapterError` too."""
+        adapters = {folder: folder.read(base) for folder in dict.fromkeys(self.folders)}
+        return merge_adapters([adapters[folder] for folder in self.folders], self.weights, self.options).adapter
+
+    def advice_for_rank(self, rank: int) -> str:
+        """See `AdapterSource`."""
+        return f", or merge with MergeOptions(rank={rank}), which cuts it"
+
+
+def source_of(request: AdapterRequest, *, token: str | bool | None = None) -> AdapterSource:
+    """Return where the adapter of `request` comes from, downloaded with the hub's `token` where it is not cached.
+
+    Raises `AdapterError`, which says what to do.
+    """
+    if isinstance(request, MergedLoRARequest):
+        folders = tuple(_folder(each, token) for each in request.adapters)
+        return MergeSource(folders=folders, weights=tuple(request.weights), options=request.options)
+    return _folder(request, token)
+
+
+def _folder(request: LoRARequest, token: str | bool | None) -> FolderSource:
+    revision, subfolder = request.revision, request.subfolder
+    return FolderSource(resolve_adapter(request.lora_path, revision=revision, token=token, subfolder=subfolder))
