@@ -82,7 +82,8 @@ def make_batch(bench: LoRABench) -> LoRABatch:
     sizes = table_sizes(bench.tokens, max_groups=bench.adapters, max_pages=per_adapter, tile=bench.tile)
     tables = build_lora_tables(np.arange(bench.tokens) * bench.adapters // bench.tokens, groups, sizes)
     arrays = {name: jnp.asarray(table) for name, table in tables.items()}
-    return LoRABatch(**arrays, tile=sizes.tile, max_pages=sizes.max_pages)
+    make: Any = LoRABatch
+    return make(**arrays, tile=sizes.tile, window=sizes.window, max_pages=sizes.max_pages)
 
 
 def _add(

@@ -100,6 +100,9 @@ class EngineConfig:
     """Sequences that run together. None: 256 on a GPU, 16 on a CPU."""
     max_num_batched_tokens: int | None = None
     """Tokens of one step, over all its sequences. None: 8192 on a GPU, 512 on a CPU."""
+    max_num_mixed_tokens: int | None = None
+    """The same for a step that decodes some sequences beside prompts, which those who are being answered wait for. None:
+    2048 on a GPU, or twice `max_num_seqs` if that is more; as many as others on a CPU, and without chunked prefill."""
     max_decode_steps: int | None = None
     """Decode steps that the host starts without looking at their tokens. None: 8 on a GPU, 1 on a CPU."""
     enable_chunked_prefill: bool = True
@@ -112,7 +115,7 @@ class EngineConfig:
     """The most log-probabilities that a request may ask for per token; -1 allows the whole vocabulary."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens"):
             _check_int(name, getattr(self, name), 1, optional=True)
         _check_int("max_decode_steps", self.max_decode_steps, 1, 64, optional=True)
         _check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
@@ -144,6 +147,7 @@ class EngineConfig:
             tokens = max(tokens, max_model_len)
         if tokens < max_num_seqs:
             raise ConfigError(f"max_num_batched_tokens={tokens} is less than max_num_seqs={max_num_seqs}")
+        mixed = self._mixed_tokens(tokens, max_num_seqs, gpu=gpu)
         if not model.is_causal and any(window is not None for window in model.layer_windows):
             raise ConfigError("is_causal=False with a sliding window is not supported; override use_sliding_window")
         return ResolvedConfig(
@@ -151,6 +155,7 @@ class EngineConfig:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
+            max_num_mixed_tokens=mixed,
             max_decode_steps=self.max_decode_steps or (8 if gpu else 1),
             block_size=self.cache.block_size or (64 if gpu else 16),
             max_logprobs=model.vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, model.vocab_size),
@@ -158,6 +163,19 @@ class EngineConfig:
             smallest_prefill=128 if gpu else 32,
             decode_growth=2 if gpu else 4,
         )
+
+    def _mixed_tokens(self, tokens: int, max_num_seqs: int, *, gpu: bool) -> int:
+        given = self.max_num_mixed_tokens
+        if given is None:
+            return min(tokens, max(2048, 2 * max_num_seqs)) if gpu and self.enable_chunked_prefill else tokens
+        if not max_num_seqs < given <= tokens:
+            raise ConfigError(
+                f"max_num_mixed_tokens={given} is not above max_num_seqs={max_num_seqs} and at most "
+                f"max_num_batched_tokens={tokens}"
+            )
+        if not self.enable_chunked_prefill:
+            raise ConfigError(f"max_num_mixed_tokens={given} needs enable_chunked_prefill=True, to cut prompts")
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +186,7 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_mixed_tokens: int
     max_decode_steps: int
     block_size: int
     max_logprobs: int

@@ -138,6 +138,7 @@ def _scheduler_config(model: ModelConfig, config: ResolvedConfig) -> SchedulerCo
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
+        max_num_mixed_tokens=config.max_num_mixed_tokens if config.config.enable_chunked_prefill else None,
         max_decode_steps=config.max_decode_steps,
         enable_chunked_prefill=config.config.enable_chunked_prefill,
         enable_prefix_caching=config.cache.enable_prefix_caching,

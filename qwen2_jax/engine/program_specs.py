@@ -91,7 +91,7 @@ class ProgramTable:
         if self.lora is None:
             return specs
         lora = step_lora(self.lora, tokens or rows, rows)
-        splits = lora.tables.window is not None and self.replicated.mesh.devices.flat[0].platform == "gpu"
+        splits = lora.tables.window is not None and next(iter(self.replicated.device_set)).platform == "gpu"
         for ending, has_vectors in ((WITH_ADAPTERS, not splits), *([(WITH_VECTORS, True)] if splits else ())):
             lora = replace(lora, has_vectors=has_vectors)
             adapted = partial(function, **sizes, lora=lora)

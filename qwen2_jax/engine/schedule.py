@@ -16,6 +16,8 @@ class SchedulerConfig:
     """Rows of a call, and rows of per-request state on the device."""
     max_num_batched_tokens: int
     """Query tokens of a call."""
+    max_num_mixed_tokens: int | None = None
+    """Query tokens of a call that decodes rows beside prompts; None is no less than others have."""
     max_model_len: int
     """Prompt and output tokens of a request."""
     block_size: int
@@ -43,6 +45,11 @@ class SchedulerConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}, "
                 "so that some rows could never decode; raise the first or lower the second"
+            )
+        if self.max_num_mixed_tokens is not None and self.max_num_mixed_tokens <= self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_mixed_tokens={self.max_num_mixed_tokens} is not above max_num_seqs={self.max_num_seqs}, so "
+                "that prompts might never have room"
             )
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
             raise ConfigError(

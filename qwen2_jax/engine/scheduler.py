@@ -161,6 +161,8 @@ class Scheduler:
             num_pending = self._num_pending(request)
             if num_pending:
                 (decodes if num_pending == 1 else prefills).append((request, num_pending))
+        if decodes and self.config.max_num_mixed_tokens is not None:
+            plan.budget = min(plan.budget, self.config.max_num_mixed_tokens)
         for request, num_pending in decodes + prefills:
             num_tokens = min(num_pending, plan.budget)
             if request.status is not RequestStatus.RUNNING or not num_tokens:

@@ -55,7 +55,9 @@ def adapted_gated(
     """Return `act(gate) * up` of normed tokens with their adapters, each device's columns; no communication."""
 
     def island(x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch) -> Array:
-        vectors = {"bias_bank": banks.bias, "scale_bank": banks.scale} if adapters.has_vectors else {}
+        vectors: dict[str, Any] = {}
+        if adapters.has_vectors:
+            vectors = {"bias_bank": banks.bias, "scale_bank": banks.scale}
         return kernels.lora_linear_gated(x, kernel, banks.a, banks.b, tables, activation=activation, **vectors)
 
     specs = (P(), P(None, TP), bank_specs().gate_up, _replicated(adapters.tables))

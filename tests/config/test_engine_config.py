@@ -65,6 +65,7 @@ def resolve(platform: str = "gpu", model: dict[str, Any] | None = None, **option
         ("max_num_seqs", 0, "max_num_seqs=0 is not"),
         ("max_num_seqs", True, "max_num_seqs=True is not"),
         ("max_num_batched_tokens", -1, "max_num_batched_tokens=-1 is not"),
+        ("max_num_mixed_tokens", 0, "max_num_mixed_tokens=0 is not"),
         ("max_decode_steps", 0, "max_decode_steps=0 is not an integer from 1 to 64"),
         ("max_decode_steps", 65, "max_decode_steps=65 is not"),
         ("enable_chunked_prefill", None, "enable_chunked_prefill=None is not True or False"),
@@ -171,10 +172,12 @@ def test_what_is_left_out_follows_the_machine() -> None:
     gpu, cpu = resolve("gpu"), resolve("cpu")
     assert (gpu.max_num_seqs, gpu.max_num_batched_tokens, gpu.max_decode_steps) == (256, 8192, 8)
     assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.max_decode_steps) == (16, 512, 1)
+    assert (gpu.max_num_mixed_tokens, cpu.max_num_mixed_tokens) == (2048, 512)
     assert gpu.max_model_len == cpu.max_model_len == 1000
     given: dict[str, Any] = {
         "max_num_seqs": 3,
         "max_num_batched_tokens": 40,
+        "max_num_mixed_tokens": 20,
         "max_decode_steps": 2,
         "max_model_len": 50,
     }
@@ -191,6 +194,16 @@ def test_max_model_len_is_within_the_context() -> None:
     with pytest.raises(ConfigError, match="max_model_len=1 has no room for a prompt and an answer; use at least 2"):
         resolve(max_model_len=1)
     assert resolve(model={"architectures": ["Qwen2Model"]}, max_model_len=1).max_model_len == 1
+
+
+def test_a_mixed_step_has_room_for_every_row_and_a_prompt() -> None:
+    for wrong in (9, 41):
+        with pytest.raises(ConfigError, match=f"max_num_mixed_tokens={wrong} is not above max_num_seqs=9 and at most"):
+            resolve(max_num_mixed_tokens=wrong, max_num_batched_tokens=40, max_num_seqs=9)
+    with pytest.raises(ConfigError, match="max_num_mixed_tokens=20 needs enable_chunked_prefill=True"):
+        resolve("cpu", max_num_mixed_tokens=20, enable_chunked_prefill=False)
+    assert resolve("gpu", max_num_seqs=3000).max_num_mixed_tokens == 6000
+    assert resolve("gpu", enable_chunked_prefill=False).max_num_mixed_tokens == 8192
 
 
 def test_a_step_has_room_for_every_row_and_for_prompts_in_one_piece() -> None:

@@ -31,6 +31,7 @@ CONFIG = ResolvedConfig(
     max_model_len=24,
     max_num_seqs=4,
     max_num_batched_tokens=32,
+    max_num_mixed_tokens=512,
     max_decode_steps=8,
     max_logprobs=5,
     smallest_batch=2,

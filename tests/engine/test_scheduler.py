@@ -127,6 +127,18 @@ def test_a_newcomer_makes_the_call_a_single_step() -> None:
     assert (output.num_steps, output.is_decode) == (1, False)
 
 
+def test_a_prompt_beside_decodes_comes_in_smaller_chunks() -> None:
+    scheduler = make_scheduler(max_num_mixed_tokens=6, max_decode_steps=8)
+    first, second = make_request("a", 14, max_tokens=30), make_request("b", 13)
+    add(scheduler, first)
+    assert shape(step(scheduler)) == [("a", 0, 14, True)]
+    add(scheduler, second)
+    assert shape(step(scheduler)) == [("a", 14, 1, True), ("b", 0, 5, False)]
+    assert shape(step(scheduler)) == [("a", 15, 1, True), ("b", 5, 5, False)]
+    scheduler.finish(first, "abort")
+    assert shape(step(scheduler)) == [("b", 10, 3, True)]
+
+
 def test_a_synchronous_request_never_runs_ahead() -> None:
     scheduler, request = make_scheduler(max_decode_steps=8), make_request("a", 3, synchronous=True)
     add(scheduler, request)

@@ -218,6 +218,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         max_model_len=max_model_len,
         block_size=rng.choice([1, 4, 7]),
         max_decode_steps=rng.choice([1, 2, 8]),
+        max_num_mixed_tokens=rng.choice([None, max_num_seqs + 2]) if chunked else None,
         enable_chunked_prefill=chunked,
         enable_prefix_caching=rng.random() < 0.8,
         release_window=rng.choice([None, None, 1, 9]),

@@ -67,7 +67,7 @@ def formula(groups: np.ndarray, *arrays: jax.Array) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
-def ranks_of(groups: np.ndarray, batch: LoRABatch, x: jax.Array, a: jax.Array) -> np.ndarray:
+def ranks_of(groups: np.ndarray, batch: Any, x: jax.Array, a: jax.Array) -> np.ndarray:
     """What `window_ranks` makes, in numpy; NaN behind the last item."""
     out = np.full((len(batch.entry_items), 2, WINDOW, RANKS), np.nan, np.float32)
     tokens, factors = np.asarray(x, np.float32), np.asarray(a, np.float32)
@@ -88,7 +88,7 @@ def ranks_of(groups: np.ndarray, batch: LoRABatch, x: jax.Array, a: jax.Array) -
 @pytest.mark.parametrize("tokens", [130, 400])
 def test_is_the_formula(name: str, tokens: int) -> None:
     groups, x, kernel, a, b = draw(tokens)
-    batch = make_batch(groups, GROUPS, 50, window=WINDOW)
+    batch: Any = make_batch(groups, GROUPS, 50, window=WINDOW)
     ranks = jnp.asarray(ranks_of(groups, batch, x, a), jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)), gpu():
         pages = batch.item_pages[batch.entry_items]
@@ -101,7 +101,7 @@ def test_is_the_formula(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [130, 400])
 def test_ranks_of_windows(tokens: int) -> None:
     groups, x, _, a, _ = draw(tokens)
-    batch = make_batch(groups, GROUPS, 50, window=WINDOW)
+    batch: Any = make_batch(groups, GROUPS, 50, window=WINDOW)
     x, a = x.astype(jnp.float32), a.astype(jnp.float32)
     config = default_config(tokens, SIZE, FEATURES, batch.tile, is_gated=True)
     with triton_interpreter():
@@ -125,7 +125,8 @@ def test_lowers(model: str, tokens: int) -> None:
         name: jax.ShapeDtypeStruct((n,), jnp.float32 if name == "item_weights" else jnp.int32)
         for name, n in lengths.items()
     }
-    batch: Any = LoRABatch(**tables, tile=sizes.tile, window=WINDOW, max_pages=4)
+    make: Any = LoRABatch
+    batch = make(**tables, tile=sizes.tile, window=WINDOW, max_pages=4)
     shapes = ((tokens, size), (2, inner, size), (64, 2, RANKS, size), (64, RANKS, 2, inner))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     assert mosaic_gated.shared_memory(mosaic_gated.default_gated_config()) <= SHARED_MEMORY
@@ -137,7 +138,7 @@ def test_lowers(model: str, tokens: int) -> None:
 
 def test_what_it_cannot_do_is_refused_or_done_separately() -> None:
     groups, x, kernel, a, b = draw(130)
-    batch = make_batch(groups, GROUPS, 16)
+    batch: Any = make_batch(groups, GROUPS, 16)
     run: Any = lora_linear_gated
     with gpu(), pytest.raises(NotImplementedError, match="tables with windows of 128 tokens, not None"):
         run(x, kernel, a, b, batch, activation="silu", implementation="mosaic")
@@ -151,7 +152,7 @@ def test_what_it_cannot_do_is_refused_or_done_separately() -> None:
 @pytest.mark.parametrize("implementation", ["auto", "reference", "separate"])
 def test_other_implementations(implementation: str) -> None:
     groups, x, kernel, a, b = draw(130)
-    batch = make_batch(groups, GROUPS, 50, window=WINDOW)
+    batch: Any = make_batch(groups, GROUPS, 50, window=WINDOW)
     run: Any = lora_linear_gated
     out = run(x, kernel, a, b, batch, activation="silu", implementation=implementation).astype(jnp.float32)
     np.testing.assert_allclose(out, formula(groups, x, kernel, a, b), rtol=0.03, atol=0.03)

@@ -38,7 +38,7 @@ def lora_linear_gated(
         x: the tokens. NaN in one of them (padding) reaches no other.
         kernel: gate's and up's weights, [out, in].
         a_bank, b_bank, batch, activation, bias_bank, scale_bank: see `lora_gated`.
-        implementation: `"reference"`, `"mosaic"` (Hopper, bfloat16, silu, tables with windows of 128 tokens, no `bias_bank` and
+        implementation: `"reference"`, `"mosaic"` (Hopper, bfloat16, silu, windows of 128 tokens, no `bias_bank` and
             `scale_bank`), `"separate"` (`linear`, then `lora_gated`), or `"auto"`: `"mosaic"` where it can do what is
             asked, in a program that is traced for a mesh of such GPUs.
         config: the Mosaic kernel's tiles, for tuning, with `implementation="mosaic"`.
