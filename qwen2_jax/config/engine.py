@@ -101,7 +101,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens of one step, over all its sequences. None: 8192 on a GPU, 512 on a CPU."""
     max_num_mixed_tokens: int | None = None
-    """The same for a step that decodes some sequences beside prompts, which those who are being answered wait for. None:
+    """The same for a step that decodes some sequences beside prompts: those who are being answered wait for it. None:
     2048 on a GPU, or twice `max_num_seqs` if that is more; as many as others on a CPU, and without chunked prefill."""
     max_decode_steps: int | None = None
     """Decode steps that the host starts without looking at their tokens. None: 8 on a GPU, 1 on a CPU."""

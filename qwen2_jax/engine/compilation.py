@@ -17,13 +17,14 @@ from qwen2_jax.engine.executable_cache import ExecutableCache
 
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_GPU_OPTIONS: dict[str, bool | int] = {
+_GPU_OPTIONS: dict[str, bool | int | str] = {
     # Its autotuning takes a third of the start, and what it finds is slower here than cuBLAS.
     "xla_gpu_enable_triton_gemm": False,
     # Time cuBLAS's candidates, without comparing their results with one another's.
     "xla_gpu_autotune_level": 1,
 }
 _NO_GRAPH = {"xla_gpu_graph_min_graph_size": 2**30}
+_CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class ProgramSpec:
     as_graph: bool = False
     """Whether a GPU gets the program's kernels as CUDA graphs. That saves the host a launch for each, but a graph whose
     buffers have moved is brought up to date first, while the device waits: for calls whose kernels are short."""
+    is_concurrent: bool = False
+    """Whether kernels of a graph that do not need one another run beside one another."""
 
 
 _LOWERING = threading.Lock()
@@ -54,7 +57,8 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
             lowered = jitted.lower(*spec.arguments)
         if mesh.devices.flat[0].platform != "gpu":
             return lowered.compile()
-        return lowered.compile(_GPU_OPTIONS | ({} if spec.as_graph else _NO_GRAPH))
+        graph = _CONCURRENT if spec.is_concurrent else {}
+        return lowered.compile(_GPU_OPTIONS | (graph if spec.as_graph else _NO_GRAPH))
 
 
 def compile_programs[K](

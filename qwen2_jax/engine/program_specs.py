@@ -85,6 +85,7 @@ class ProgramTable:
                 out_shardings=(*caches, *results),
                 matmul_precision=self.matmul_precision,
                 as_graph=tokens is None,
+                is_concurrent=bool(banks),  # the adapters' first products run beside the model's own
             )
 
         specs = {(name, bucket): spec(partial(function, **sizes), layout(*lead, width))}
