@@ -29,7 +29,7 @@ _NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """Where a model comes from and how it is read."""
+    """Where a model comes from, how it is read, and how its programs are compiled."""
 
     load_format: LoadFormat = "auto"
     """`"auto"` looks at the files; `"dummy"` reads only the config and draws random weights."""
@@ -42,6 +42,10 @@ class LoadConfig:
     runner: Runner = "auto"
     """`"pooling"` makes an embeddings model of a language model; `"auto"` goes by the architecture."""
     use_tqdm_on_load: bool = True
+    compile_workers: int | None = 0
+    """Processes that compile programs beside this one; 0: none, threads of this process compile all. None: as many as
+    the cores and the memory allow on a GPU, none on a CPU. On a GPU they time cuBLAS's candidates at the same time, and
+    may choose worse ones, which are then kept."""
 
     def __post_init__(self) -> None:
         _check_choice("load_format", self.load_format, get_args(LoadFormat))
@@ -51,6 +55,7 @@ class LoadConfig:
         _check_type("hf_token", self.hf_token, str | bool | None, "a string, True, False or None")
         _check_type("hf_overrides", self.hf_overrides, Mapping | None, "a dict or None")
         _check_type("use_tqdm_on_load", self.use_tqdm_on_load, bool, "True or False")
+        _check_int("compile_workers", self.compile_workers, 0, 64, optional=True)
 
     def resolve_dtype(self, checkpoint_dtype: str, platform: str) -> str:
         """Return the dtype that weights and activations have on `platform`."""

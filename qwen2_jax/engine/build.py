@@ -3,17 +3,20 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
 from qwen2_jax.engine.block_manager import peak_blocks
 from qwen2_jax.engine.compilation import use_persistent_cache
+from qwen2_jax.engine.compile_pool import CompilePool, choose_workers
 from qwen2_jax.engine.engine import Engine
 from qwen2_jax.engine.input_processor import InputProcessor
 from qwen2_jax.engine.model_loader import LoadedModel, load_model, model_config
@@ -53,24 +56,40 @@ def build_engine(
     cache_directory = use_persistent_cache()
     model = model_config(checkpoint, load)
     config = options.resolve(model, jax.default_backend())
-    loaded = load_model(checkpoint, model, load, options)
-    logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
-    limits = _scheduler_config(model, config)
-    sizes, adapters = _adapters(loaded, options, load)
-    runner = ModelRunner(
-        loaded,
-        config,
-        blocks_needed=_blocks_needed(limits),
-        cache_directory=cache_directory,
-        adapters=None if adapters is None else adapters.placer,
-        lora=sizes,
-    )
-    scheduler, num_blocks = Scheduler(limits, runner.num_blocks, adapters), runner.num_blocks
-    runner.compile(use_tqdm=load.use_tqdm_on_load)  # last, because it takes longest and nothing can be refused after it
+    with _compile_pool(load.compile_workers) as pool:  # its processes get ready while weights are read
+        loaded = load_model(checkpoint, model, load, options)
+        logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
+        limits = _scheduler_config(model, config)
+        sizes, adapters = _adapters(loaded, options, load)
+        runner = ModelRunner(
+            loaded,
+            config,
+            blocks_needed=_blocks_needed(limits),
+            cache_directory=cache_directory,
+            adapters=None if adapters is None else adapters.placer,
+            lora=sizes,
+        )
+        scheduler, num_blocks = Scheduler(limits, runner.num_blocks, adapters), runner.num_blocks
+        # Last, because it takes longest and nothing can be refused after it.
+        runner.compile(pool, use_tqdm=load.use_tqdm_on_load)
     if runner.num_blocks != num_blocks:
         scheduler = Scheduler(limits, runner.num_blocks, adapters)
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
     return Engine(runner, scheduler, inputs, tokenizer, adapters), model, config
+
+
+def _compile_pool(count: int | None) -> AbstractContextManager[CompilePool | None]:
+    """Start `count` compile workers, or, with None, as many as this machine has room for."""
+    if count is None:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        count = choose_workers(
+            platform=jax.default_backend(),
+            cores=os.cpu_count() or 1,
+            host_bytes=psutil.virtual_memory().available,
+            device_bytes=None if limit is None else int(limit / float(os.environ[_MEMORY_FRACTION]) - limit),
+        )
+    return CompilePool(count) if count else nullcontext()
 
 
 def read_checkpoint(path: Path, load: LoadConfig) -> Checkpoint:

@@ -1,9 +1,12 @@
-"""Compiles the device programs ahead of time, in parallel threads, and counts what is compiled after that."""
+"""Compiles the device programs ahead of time, in parallel, and counts what is compiled after that.
+
+Threads of this process compile; those of `compile_pool.py`'s processes, where there are any, run `compile_program` too.
+"""
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +65,17 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def compile_programs[K](
-    specs: Mapping[K, ProgramSpec], mesh: Mesh, cache: ExecutableCache | None, *, use_tqdm: bool
+    specs: Mapping[K, ProgramSpec],
+    mesh: Mesh,
+    cache: ExecutableCache | None,
+    *,
+    use_tqdm: bool,
+    elsewhere: Callable[[list[K]], Iterable[K]] | None = None,
 ) -> dict[K, jax.stages.Compiled]:
     """Load from `cache` or compile all of `specs`, in as many threads as there are cores, with a progress bar.
+
+    `elsewhere` is for programs that the cache lacks: it has other processes put them there, and yields each key when
+    that is done or given up. A program that the cache still lacks then is compiled here.
 
     What JAX's own cache gave is not kept a second time: such a program, serialised again, may load and then not run.
     """
@@ -74,30 +85,37 @@ def compile_programs[K](
         if event == _CACHE_HIT_EVENT:
             from_jax.hit = True
 
-    def load_or_compile(key: K, spec: ProgramSpec) -> jax.stages.Compiled:
+    def load_or_compile(key: K) -> jax.stages.Compiled:
         if cache is None:
-            return compile_program(spec, mesh)
+            return compile_program(specs[key], mesh)
         found = cache.load(repr(key))
         if found is not None:
             return found
         from_jax.hit = False
-        program = compile_program(spec, mesh)
+        program = compile_program(specs[key], mesh)
         if not from_jax.hit:
             cache.save(repr(key), program)
         return program
 
-    compiled = {}
+    def in_turn() -> Iterator[K]:
+        missing = [] if cache is None or elsewhere is None else [key for key in specs if repr(key) not in cache]
+        yield from (key for key in specs if key not in missing)
+        if elsewhere is not None and missing:
+            yield from elsewhere(missing)
+
+    futures: dict[K, Future[jax.stages.Compiled]] = {}
     jax.monitoring.register_event_listener(note_hit)
-    with (
-        ThreadPoolExecutor(max_workers=os.cpu_count()) as threads,
-        tqdm(total=len(specs), desc="Compiling", unit="program", disable=not use_tqdm) as progress,
-    ):
-        futures = {threads.submit(load_or_compile, key, spec): key for key, spec in specs.items()}
-        for future in as_completed(futures):
-            compiled[futures[future]] = future.result()
-            progress.update()
-    jax.monitoring.unregister_event_listener(note_hit)
-    return compiled
+    try:
+        with (
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as threads,
+            tqdm(total=len(specs), desc="Compiling", unit="program", disable=not use_tqdm) as progress,
+        ):
+            for key in in_turn():
+                futures[key] = threads.submit(load_or_compile, key)
+                futures[key].add_done_callback(lambda _: progress.update())
+            return {key: futures[key].result() for key in specs}
+    finally:
+        jax.monitoring.unregister_event_listener(note_hit)
 
 
 def use_persistent_cache() -> Path:

@@ -36,6 +36,10 @@ class ExecutableCache:
         machine = (device.device_kind, device.client.platform_version, mesh.shape, os.environ.get("XLA_FLAGS"))
         self._fingerprint = repr((_sources(), _versions(), machine, facts))
 
+    def __contains__(self, name: str) -> bool:
+        """Whether something is kept as `name`, which may be damaged."""
+        return self._path(name).exists()
+
     def read(self, name: str) -> bytes | None:
         """Return what was written as `name`, if it was."""
         path = self._path(name)

@@ -19,7 +19,7 @@ from qwen2_jax.models.checkpoint import Checkpoint
 from qwen2_jax.models.registry import model_class
 from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weights import load_weights
-from qwen2_jax.parallel import make_mesh
+from qwen2_jax.parallel import TP, make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +53,27 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, load: LoadConfig, en
     dtype = load.resolve_dtype(config.dtype, jax.default_backend())
     if dtype == "float16":
         logger.warning("float16 overflows in some Qwen2 models; bfloat16 has float32's range")
-    with jax.set_mesh(mesh):
-        abstract = nnx.eval_shape(lambda: model_class(config)(config, tp=tp, dtype=jnp.dtype(dtype)))
-    graphdef, state = nnx.split(abstract)
-    shapes: dict[str, Any] = nnx.to_pure_dict(state)
-    shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), shapes)
+    graphdef, shapes = abstract_model(config, mesh, dtype)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     if load.load_format == "dummy":
         params = draw_weights(shapes, shardings, config.initializer_range, engine.seed)
     else:
         params = _read_weights(checkpoint, config, load, tp, dtype, shardings)
         _check_tree(params, shapes)
     return LoadedModel(config=config, graphdef=graphdef, params=params, mesh=mesh, dtype=dtype)
+
+
+def abstract_model(config: ModelConfig, mesh: Mesh, dtype: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Return a model's NNX structure and, as a pure dict, its weights' shapes, dtypes and shardings over `mesh`."""
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: model_class(config)(config, tp=mesh.shape[TP], dtype=jnp.dtype(dtype)))
+    graphdef, state = nnx.split(model)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert isinstance(leaf.sharding, NamedSharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
+
+    return graphdef, jax.tree.map(placed, nnx.to_pure_dict(state))
 
 
 def draw_weights(shapes: Any, shardings: Any, std: float, seed: int) -> Any:

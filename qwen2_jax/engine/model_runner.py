@@ -16,10 +16,12 @@ from qwen2_jax.config import ResolvedConfig
 from qwen2_jax.engine.adapter_tables import changes_vocab, has_vectors, uses_adapters
 from qwen2_jax.engine.batch_builder import BatchBuilder
 from qwen2_jax.engine.compilation import CompilationCounter, compile_programs
+from qwen2_jax.engine.compile_pool import CompilePool
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.model_loader import LoadedModel
-from qwen2_jax.engine.program_specs import WITH_ADAPTERS, WITH_VECTORS, ProgramKey, ProgramTable, abstract
-from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK, Programs
+from qwen2_jax.engine.program_facts import ProgramFacts, initializer, make_programs
+from qwen2_jax.engine.program_specs import WITH_ADAPTERS, WITH_VECTORS, ProgramKey, abstract
+from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_results import Launched
@@ -52,27 +54,16 @@ class ModelRunner:
         which JAX's own cache knows how to tell from others.
         """
         self._model, self._config = model, config
-        self._cache_directory = None if jax.default_backend() == "cpu" else cache_directory
+        self._cache_directory = None
+        if cache_directory is not None and jax.default_backend() != "cpu":
+            self._cache_directory = cache_directory / "programs"
         self._is_embedding = model.config.is_embedding_model
         self._replicated = replicated(model.mesh)
         self._adapters, self._lora = adapters, lora
         self._builder = BatchBuilder(config, lora)
-        self._programs = Programs(
-            graphdef=model.graphdef,
-            vocab_size=model.config.vocab_size,
-            hidden_size=model.config.hidden_size,
-            block_size=config.block_size,
-            blocks_per_sequence=config.blocks_per_sequence,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            dtype=model.dtype,
-            max_logprobs=config.max_logprobs,
-        )
-        # Who asks for float32 means it: TF32 has ten bits of mantissa, log-probabilities would be off by 1e-2.
-        self._matmul_precision = "highest" if model.dtype == "float32" else None
+        self._programs = make_programs(model.config, config, model.dtype, model.graphdef)
         self._params_spec = jax.tree.map(abstract, model.params)
-        initial = self._programs.initial_pooled if self._is_embedding else self._programs.initial_state
-        self._state = jax.jit(initial, out_shardings=self._replicated)()
+        self._state = jax.jit(initializer(model.config, self._programs), out_shardings=self._replicated)()
         self._pools = PoolLayout.of(model.config, config.block_size, model.dtype, model.mesh.shape["tp"])
         self._blocks_needed = blocks_needed
         self._workspace = largest_workspace(model.config, config, model.dtype, model.mesh.shape["tp"])
@@ -81,9 +72,9 @@ class ModelRunner:
         self._kv_cache: KVCache = ()
         self._counter = CompilationCounter()
 
-    def compile(self, *, use_tqdm: bool = True) -> None:
-        """Compile every program and allocate the cache."""
-        self._compile(use_tqdm)
+    def compile(self, pool: CompilePool | None = None, *, use_tqdm: bool = True) -> None:
+        """Compile every program, those that are not kept in the processes of `pool`, and allocate the cache."""
+        self._compile(pool, use_tqdm)
         if self._adapters is not None:
             self._adapters.compile()
         workspace = max(reported_workspace(program) for program in self._compiled.values())
@@ -91,24 +82,23 @@ class ModelRunner:
             logger.warning("a step takes %d bytes where %d were expected; compiling again", workspace, self._workspace)
             self._workspace = workspace
             self.num_blocks = self._count_blocks()
-            self._compile(use_tqdm)
+            self._compile(pool, use_tqdm)
         self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
 
-    def _compile(self, use_tqdm: bool) -> None:
-        table = ProgramTable(
-            config=self._config,
-            programs=self._programs,
-            params=self._params_spec,
-            kv_cache=self._pools.abstract(self._model.mesh, self.num_blocks),
-            state=jax.tree.map(abstract, self._state),
-            banks=None if self._adapters is None else jax.tree.map(abstract, self._adapters.banks),
-            lora=self._lora,
-            replicated=self._replicated,
-            matmul_precision=self._matmul_precision,
-            is_embedding=self._is_embedding,
+    def _compile(self, pool: CompilePool | None, use_tqdm: bool) -> None:
+        model, mesh = self._model, self._model.mesh
+        facts = ProgramFacts(
+            model=model.config, dtype=model.dtype, config=self._config, num_blocks=self.num_blocks, lora=self._lora
         )
-        cache = self._executable_cache()
-        self._compiled = compile_programs(table.specs(), self._model.mesh, cache, use_tqdm=use_tqdm)
+        folder = pool.scratch if pool is not None and self._cache_directory is None else self._cache_directory
+        cache = None if folder is None else ExecutableCache(folder, mesh, facts)
+        self._compiled = compile_programs(
+            facts.table(mesh, self._programs, self._params_spec).specs(),
+            mesh,
+            cache,
+            use_tqdm=use_tqdm,
+            elsewhere=None if pool is None or folder is None else lambda keys: pool.compile(facts, folder, keys),
+        )
 
     @property
     def num_compilations(self) -> int:
@@ -223,9 +213,3 @@ class ModelRunner:
             blocks_needed=self._blocks_needed,
             blocks_useful=self._config.max_num_seqs * self._config.blocks_per_sequence,
         )
-
-    def _executable_cache(self) -> ExecutableCache | None:
-        if self._cache_directory is None:
-            return None
-        facts = (self._model.config, self._model.dtype, self._config, self.num_blocks, self._lora)
-        return ExecutableCache(self._cache_directory / "programs", self._model.mesh, *facts)

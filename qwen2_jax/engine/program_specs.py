@@ -1,6 +1,7 @@
 """Every program of a model with its abstract arguments: which are compiled at start-up."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -140,6 +141,15 @@ class ProgramTable:
 
     def _vector(self, length: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((length,), jnp.int32, sharding=self.replicated)
+
+
+def families(keys: Iterable[ProgramKey]) -> list[list[ProgramKey]]:
+    """Return `keys` in groups that share kernels, one bucket's variants of a step, the largest groups first."""
+    groups: dict[ProgramKey, list[ProgramKey]] = {}
+    for name, bucket in keys:
+        family = name.removesuffix(WITH_VECTORS).removesuffix(WITH_ADAPTERS).removesuffix("_greedy")
+        groups.setdefault((family, bucket), []).append((name, bucket))
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def step_lora(sizes: LoRASizes, tokens: int, rows: int) -> StepLoRA:

@@ -48,6 +48,8 @@ def resolve(platform: str = "gpu", model: dict[str, Any] | None = None, **option
         ("hf_token", 7, "hf_token=7 is not a string, True, False or None"),
         ("hf_overrides", "{}", "hf_overrides='{}' is not a dict or None"),
         ("use_tqdm_on_load", 1, "use_tqdm_on_load=1 is not True or False"),
+        ("compile_workers", -1, "compile_workers=-1 is not an integer from 0 to 64"),
+        ("compile_workers", True, "compile_workers=True is not"),
         ("block_size", 0, "block_size=0 is not an integer from 1 to 1024"),
         ("block_size", 2000, "block_size=2000 is not"),
         ("block_size", 16.0, "block_size=16.0 is not"),

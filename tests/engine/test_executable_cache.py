@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -69,3 +70,28 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert cache.read("workspace") is None
     cache.write("workspace", b"123")
     assert ExecutableCache(tmp_path / "deep" / "folder", MESH).read("workspace") == b"123"
+
+
+def test_other_processes_are_asked_for_what_is_not_kept(tmp_path: Path) -> None:
+    """What they keep is loaded; what they leave out is compiled here; who has all asks nobody."""
+    factors = {"kept": fresh(), "elsewhere": fresh(), "left out": fresh()}
+    specs = {name: spec(factor) for name, factor in factors.items()}
+    asked: list[list[str]] = []
+
+    def elsewhere(missing: list[str]) -> Iterator[str]:
+        asked.append(missing)
+        compile_programs({"elsewhere": specs["elsewhere"]}, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False)
+        yield from missing
+
+    def run_all() -> dict[str, float]:
+        others = {name: spec(5.0) for name in ("kept", "elsewhere")}
+        programs = compile_programs(
+            specs | others, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False, elsewhere=elsewhere
+        )
+        ones = jax.device_put(jnp.ones(4), replicated(MESH))
+        return {name: float(program(ones)[0]) for name, program in programs.items()}
+
+    compile_programs({"kept": specs["kept"]}, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False)
+    assert run_all() == factors
+    assert run_all() == factors
+    assert asked == [["elsewhere", "left out"]]
