@@ -33,6 +33,10 @@ WITH_VECTORS = "_lora_vectors"
 """The same where an adapter has biases or magnitudes, and there is a faster program for calls with none."""
 
 
+_CONCURRENT_ROWS = 32
+"""Up to so many rows, the adapters' first products run beside the model's own; those of more fill the GPU alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgramTable:
     """What the programs of one model are made of."""
@@ -86,7 +90,7 @@ class ProgramTable:
                 out_shardings=(*caches, *results),
                 matmul_precision=self.matmul_precision,
                 as_graph=tokens is None,
-                is_concurrent=bool(banks),  # the adapters' first products run beside the model's own
+                is_concurrent=bool(banks) and rows <= _CONCURRENT_ROWS,
             )
 
         specs = {(name, bucket): spec(partial(function, **sizes), layout(*lead, width))}
