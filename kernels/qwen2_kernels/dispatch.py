@@ -28,9 +28,9 @@ def select(
     """
     if name == "auto":
         if not has_triton():
-            _log_once(op, elsewhere, "Triton and jax-triton are not installed: pip install 'qwen2-jax[cuda]'")
+            log_once(op, elsewhere, "Triton and jax-triton are not installed: pip install 'qwen2-jax[cuda]'")
             return implementations[elsewhere]
-        _log_once(op, f"{gpu} on a GPU, {elsewhere} elsewhere", reason)
+        log_once(op, f"{gpu} on a GPU, {elsewhere} elsewhere", reason)
         return functools.partial(_by_platform, implementations[gpu], implementations[elsewhere])
     if name not in implementations:
         known = ", ".join(["auto", *implementations])
@@ -56,5 +56,6 @@ def _by_platform(gpu: Implementation, elsewhere: Implementation, *arrays: Any, *
 
 
 @functools.cache
-def _log_once(op: str, choice: str, reason: str) -> None:
+def log_once(op: str, choice: str, reason: str) -> None:
+    """Log why an op has chosen an implementation; the same choice for the same reason only once."""
     logger.info("%s: %s (%s)", op, choice, reason)

@@ -97,7 +97,8 @@ class ProgramTable:
         if self.lora is None:
             return specs
         lora = step_lora(self.lora, tokens or rows, rows)
-        splits = lora.tables.window is not None and next(iter(self.replicated.device_set)).platform == "gpu"
+        device = self.replicated.mesh.abstract_mesh.abstract_device
+        splits = device is not None and has_faster_program(lora, device.platform)
         for ending, has_vectors in ((WITH_ADAPTERS, not splits), *([(WITH_VECTORS, True)] if splits else ())):
             lora = replace(lora, has_vectors=has_vectors)
             adapted = partial(function, **sizes, lora=lora)
@@ -154,6 +155,11 @@ def families(keys: Iterable[ProgramKey]) -> list[list[ProgramKey]]:
         family = name.removesuffix(WITH_VECTORS).removesuffix(WITH_ADAPTERS).removesuffix("_greedy")
         groups.setdefault((family, bucket), []).append((name, bucket))
     return sorted(groups.values(), key=len, reverse=True)
+
+
+def has_faster_program(lora: StepLoRA, platform: str) -> bool:
+    """Return whether a step is faster where no adapter has biases or magnitudes, and so has a program for either."""
+    return platform == "gpu" and lora.tables.window is not None
 
 
 def step_lora(sizes: LoRASizes, tokens: int, rows: int) -> StepLoRA:

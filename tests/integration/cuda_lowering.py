@@ -9,46 +9,28 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen2_jax.cache.kv_cache import PoolLayout
 from qwen2_jax.config import EngineConfig, ModelConfig
-from qwen2_jax.engine.programs import Programs
-from qwen2_jax.engine.step_inputs import decode_layout, packed_size, prefill_layout
+from qwen2_jax.engine.program_facts import ProgramFacts, make_programs
+from qwen2_jax.engine.program_specs import ProgramKey
+from qwen2_jax.lora.sizes import LoRASizes
 from qwen2_jax.models.registry import model_class
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 
 
 def lower_step(
-    model: ModelConfig, name: str, size: int, *, num_blocks: int = 500, **options: Any
+    model: ModelConfig, key: ProgramKey, *, lora: LoRASizes | None = None, num_blocks: int = 500, **options: Any
 ) -> jax.stages.Lowered:
-    """Lower the program `name` ("decode_greedy" or "prefill") of bucket `size`, in bfloat16 on one device."""
+    """Lower a program of an engine with these options, in bfloat16 on one device."""
     mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Explicit,), abstract_device=H100)
     config = EngineConfig(**options).resolve(model, "gpu")
+    facts = ProgramFacts(model=model, dtype="bfloat16", config=config, num_blocks=num_blocks, lora=lora)
     with jax.sharding.use_abstract_mesh(mesh):
         graphdef, weights = nnx.split(nnx.eval_shape(lambda: model_class(model)(model, dtype=jnp.bfloat16)))
-        programs = Programs(
-            graphdef=graphdef,
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            block_size=config.block_size,
-            blocks_per_sequence=config.blocks_per_sequence,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            dtype="bfloat16",
-            max_logprobs=config.max_logprobs,
-        )
         params = jax.tree.map(partial(_place, mesh), nnx.to_pure_dict(weights))
-        state = jax.tree.map(partial(_place, mesh), jax.eval_shape(programs.initial_state))
-        pools = PoolLayout.of(model, config.block_size, "bfloat16", 1).abstract(cast(Mesh, mesh), num_blocks)
-        width = config.blocks_per_sequence
-        if name == "decode_greedy":
-            function, layout = partial(programs.decode_greedy, rows=size, steps=8), decode_layout(size, width)
-        else:
-            rows = config.prefill_rows(size)
-            function, layout = partial(programs.prefill, tokens=size, rows=rows), prefill_layout(size, rows, width)
-        packed = jax.ShapeDtypeStruct((packed_size(layout),), jnp.int32, sharding=NamedSharding(mesh, P()))
-        step = jax.jit(function, donate_argnums=(1, 2))
-        return step.trace(params, pools, state, packed).lower(lowering_platforms=("cuda",))
+        spec = facts.table(cast(Mesh, mesh), make_programs(model, config, "bfloat16", graphdef), params).specs()[key]
+        step = jax.jit(spec.function, donate_argnums=spec.donated)
+        return step.trace(*spec.arguments).lower(lowering_platforms=("cuda",))
 
 
 def _place(mesh: AbstractMesh, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from qwen2_jax.engine import program_specs
 from qwen2_jax.llm import LLM
 from qwen2_jax.types import LoRARequest, RequestOutput, SamplingParams
 from tests.engine.processing import adapter_tensors
@@ -105,6 +107,35 @@ def test_a_row_is_the_same_alone_and_in_the_mix(llm: LLM, base: str) -> None:
     for prompt, each, request, expected in zip(prompts, params, requests, mixed, strict=True):
         alone = llm.generate(prompt, each.replace(skip_reading_prefix_cache=True), lora_request=request, use_tqdm=False)
         assert tokens_of(alone) == [expected]
+
+
+def test_vectors_have_a_program_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the other program does not know them; both must be right, and each run where it is."""
+    monkeypatch.setattr(program_specs, "has_faster_program", lambda lora, _: lora.tables.window is not None)
+    llm = load("untied", **ROOM, max_num_batched_tokens=512, max_num_seqs=16)
+    runner = llm._engine.engine.runner
+    ran: list[str] = []
+    run_program = runner._run
+
+    def record(name: str, bucket: int, *arguments: Any) -> Any:
+        if bucket == 512:  # the only one with more than 256 tokens
+            ran.append(name)
+        return run_program(name, bucket, *arguments)
+
+    monkeypatch.setattr(runner, "_run", record)
+    plain = max(read_texts("untied"), key=lambda text: len(text.prompt))
+    for names, expected in ((["qv"], "prefill_lora"), (["qv", "dora"], "prefill_lora_vectors")):
+        requests = [adapter("untied", name) for name in names]
+        for request in requests:
+            llm.load_lora(request)
+        work: Work = [(request, golden("untied", request.lora_name, 1)) for request in requests]
+        work = [*work, (None, plain)] * 5
+        ran.clear()
+        for output, (_, text) in zip(run(llm, work), work, strict=True):
+            check(output, text)
+        assert set(ran) == {expected}
+    check_idle(llm)
+    llm.shutdown()
 
 
 def test_prefixes_are_shared_by_requests_with_the_same_adapter_only(llm: LLM, base: str) -> None:

@@ -19,6 +19,13 @@ def test_is_the_reference(case: GpuCase) -> None:
     CASES.check(case)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+def test_hopper_runs_what_is_written_for_it() -> None:
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("not Hopper")
+    assert CASES.mosaic_ops() == {"lora_linear_gated"}
+
+
 @pytest.mark.parametrize("case", ON_CPU, ids=lambda case: case.name)
 def test_cases_run_without_a_gpu(case: GpuCase) -> None:
     if case.implementation == "triton":

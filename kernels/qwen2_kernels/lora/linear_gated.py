@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from qwen2_kernels.dispatch import log_once
 from qwen2_kernels.linear.api import linear
 from qwen2_kernels.linear.mosaic_config import MosaicConfig
 from qwen2_kernels.linear.mosaic_support import supported
@@ -58,7 +59,11 @@ def lora_linear_gated(
     reason = _unsupported(x, kernel, b_bank, batch, activation, has_vectors=has_vectors)
     if implementation == "mosaic" and reason is not None:
         raise NotImplementedError(f"lora_linear_gated: {reason}")
-    if implementation == "separate" or reason is not None or (implementation == "auto" and not _is_for_gpu()):
+    if implementation == "auto":
+        reason = reason if _is_for_gpu() else "not traced for a mesh of GPUs"
+        implementation = "mosaic" if reason is None else "separate"
+        log_once("lora_linear_gated", implementation, reason or "on Hopper")
+    if implementation == "separate":
         base = linear(x, kernel.reshape(-1, kernel.shape[-1])).reshape(x.shape[0], *kernel.shape[:2])
         vectors: dict[str, Any] = {"bias_bank": bias_bank, "scale_bank": scale_bank}
         return lora_gated(x, base, a_bank, b_bank, batch, activation=activation, **vectors)
