@@ -73,7 +73,7 @@ class TrainableAttention(FlashQwen2Attention):
             return out.reshape(q.shape)
 
         attended = jax.shard_map(attend, in_specs=(HEADS, POOL, POOL), out_specs=HEADS)(q, *kv_cache)
-        return self.o_proj(attended, mlp.gate_up_proj), residual, kv_cache
+        return self.o_proj(attended, batch.num_tokens, mlp.gate_up_proj), residual, kv_cache
 
 
 class Batch(NamedTuple):

@@ -21,6 +21,7 @@ ROW_PROJECTIONS = {"o": O_PROJECTION, "down": DOWN_PROJECTION}
 
 def adapted_qkv(
     x: Float[Array, "T D"],
+    num_tokens: Int[Array, ""] | None,
     kernel: Float[Array, "K G+2 H D"],
     o_kernel: Float[Array, "D K G H"],
     adapters: LayerAdapters,
@@ -28,10 +29,11 @@ def adapted_qkv(
     """Project normed tokens as `project_qkv` does; return partial sums, and what their adapters change in them."""
 
     def island(
-        x: Array, kernel: Array, o_kernel: Array, banks: ProjectionBanks, tables: LoRABatch
+        x: Array, num_tokens: Array | None, kernel: Array, o_kernel: Array, banks: ProjectionBanks, tables: LoRABatch
     ) -> tuple[Array, Array]:
         kv_heads, slots, head_dim, _ = kernel.shape
-        out = kernels.linear_partial(x, kernel.reshape(-1, kernel.shape[-1]), prefetch=o_kernel)
+        flat = kernel.reshape(-1, kernel.shape[-1])
+        out = kernels.linear_partial(x, flat, prefetch=o_kernel, num_tokens=num_tokens)
         delta = kernels.lora_delta(
             x,
             banks.a,
@@ -44,28 +46,37 @@ def adapted_qkv(
         return out.reshape(*out.shape[:2], *heads), delta.reshape(delta.shape[0], *heads)
 
     banks = adapters.banks.qkv
-    specs = (P(), P(TP), HEADS, bank_specs().qkv, _replicated(adapters.tables))
-    out, delta = sharded(island, specs, (PARTIAL_HEADS, HEADS))(x, kernel, o_kernel, banks, adapters.tables)
+    specs = (P(), P(), P(TP), HEADS, bank_specs().qkv, _replicated(adapters.tables))
+    run = sharded(island, specs, (PARTIAL_HEADS, HEADS))
+    out, delta = run(x, num_tokens, kernel, o_kernel, banks, adapters.tables)
     return out, Adapted(delta=delta, scale_bank=banks.scale, scale_rows=adapters.scale_rows)
 
 
 def adapted_gated(
-    x: Float[Array, "T D"], kernel: Float[Array, "2 F D"], adapters: LayerAdapters, activation: str
+    x: Float[Array, "T D"],
+    num_tokens: Int[Array, ""] | None,
+    kernel: Float[Array, "2 F D"],
+    adapters: LayerAdapters,
+    activation: str,
 ) -> Float[Array, "T F"]:
     """Return `act(gate) * up` of normed tokens with their adapters, each device's columns; no communication."""
 
-    def island(x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch) -> Array:
-        vectors: dict[str, Any] = {}
+    def island(x: Array, num_tokens: Array | None, kernel: Array, banks: ProjectionBanks, tables: LoRABatch) -> Array:
+        options: dict[str, Any] = {"activation": activation, "num_tokens": num_tokens}
         if adapters.has_vectors:
-            vectors = {"bias_bank": banks.bias, "scale_bank": banks.scale}
-        return kernels.lora_linear_gated(x, kernel, banks.a, banks.b, tables, activation=activation, **vectors)
+            options |= {"bias_bank": banks.bias, "scale_bank": banks.scale}
+        return kernels.lora_linear_gated(x, kernel, banks.a, banks.b, tables, **options)
 
-    specs = (P(), P(None, TP), bank_specs().gate_up, _replicated(adapters.tables))
-    return sharded(island, specs, HEADS)(x, kernel, adapters.banks.gate_up, adapters.tables)
+    specs = (P(), P(), P(None, TP), bank_specs().gate_up, _replicated(adapters.tables))
+    return sharded(island, specs, HEADS)(x, num_tokens, kernel, adapters.banks.gate_up, adapters.tables)
 
 
 def adapted_rows(
-    x: Float[Array, "T *in"], kernel: Float[Array, "D *in"], adapters: LayerAdapters, name: Literal["o", "down"]
+    x: Float[Array, "T *in"],
+    num_tokens: Int[Array, ""] | None,
+    kernel: Float[Array, "D *in"],
+    adapters: LayerAdapters,
+    name: Literal["o", "down"],
 ) -> tuple[Float[Array, "S T D"], Adapted | None]:
     """Multiply as `project_rows` does; return partial sums, and what adapters change in them.
 
@@ -75,22 +86,23 @@ def adapted_rows(
     is_split = jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1
 
     def island(
-        x: Array, kernel: Array, banks: ProjectionBanks, tables: LoRABatch, rows: Array
+        x: Array, num_tokens: Array | None, kernel: Array, banks: ProjectionBanks, tables: LoRABatch, rows: Array
     ) -> tuple[Array, Array | None]:
         x, kernel = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
         a = banks.a.reshape(*banks.a.shape[:3], -1)
         if not is_split:
             delta = kernels.lora_delta(x, a, banks.b, tables, projection=projection, bias_bank=banks.bias)
-            return kernels.linear_partial(x, kernel), delta
+            return kernels.linear_partial(x, kernel, num_tokens=num_tokens), delta
         delta = kernels.lora_delta(x, a, banks.b, tables, projection=projection)
         change = Adapted(delta=delta, scale_bank=banks.scale, scale_rows=rows)
-        total = jax.lax.psum(change(kernels.linear(x, kernel).astype(jnp.float32)), TP)
+        base = kernels.linear(x, kernel, num_tokens=num_tokens)
+        total = jax.lax.psum(change(base.astype(jnp.float32)), TP)
         bias = jnp.where(rows[:, None] >= 0, banks.bias[jnp.maximum(rows, 0)], 0.0)
         return (total + bias).astype(x.dtype)[None], None
 
-    specs = (HEADS, HEADS, getattr(bank_specs(), name), _replicated(adapters.tables), P())
+    specs = (HEADS, P(), HEADS, getattr(bank_specs(), name), _replicated(adapters.tables), P())
     out, delta = sharded(island, specs, (P(), None if is_split else P()))(
-        x, kernel, banks, adapters.tables, adapters.scale_rows
+        x, num_tokens, kernel, banks, adapters.tables, adapters.scale_rows
     )
     if delta is None:
         return out, None

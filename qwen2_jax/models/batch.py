@@ -28,3 +28,8 @@ class StepBatch:
     """Where each row's tokens start on T, and the end. None in decode, where T = R."""
     prefill_cache_indices: Int[Array, " W"] | None = None
     """Which tokens' keys and values are written; None means all. `slot_mapping` stays indexed by T."""
+
+    @property
+    def num_tokens(self) -> Int[Array, ""] | None:
+        """How many tokens the rows have, without T's padding; None in decode, where all count."""
+        return None if self.query_start_loc is None else self.query_start_loc[-1]

@@ -46,9 +46,11 @@ class Qwen2RMSNorm(nnx.Module):
         """
         return ops.rms_norm(x, residual, self.weight[...], self.eps, adapted)
 
-    def before(self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None) -> ops.PendingNorm:
-        """Return the norm of `x + residual` for a projection to carry out."""
-        return ops.PendingNorm(x=x, residual=residual, weight=self.weight[...], eps=self.eps)
+    def before(
+        self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None, num_tokens: Int[Array, ""] | None
+    ) -> ops.PendingNorm:
+        """Return the norm of `x + residual`, of which `num_tokens` tokens matter, for a projection to carry out."""
+        return ops.PendingNorm(x=x, residual=residual, weight=self.weight[...], num_tokens=num_tokens, eps=self.eps)
 
 
 class VocabEmbedding(nnx.Module):
@@ -85,10 +87,10 @@ class QKVProj(nnx.Module):
         return ops.project_qkv(norm, self.kernel[...], o_proj.kernel[...])
 
     def adapted(
-        self, x: Float[Array, "T D"], o_proj: OProj, adapters: LayerAdapters
+        self, x: Float[Array, "T D"], num_tokens: Int[Array, ""] | None, o_proj: OProj, adapters: LayerAdapters
     ) -> tuple[Float[Array, "S T K G+2 H"], ops.Adapted]:
         """Project normed tokens, and return what adapters change; no communication."""
-        return adapter_ops.adapted_qkv(x, self.kernel[...], o_proj.kernel[...], adapters)
+        return adapter_ops.adapted_qkv(x, num_tokens, self.kernel[...], o_proj.kernel[...], adapters)
 
 
 class OProj(nnx.Module):
@@ -99,15 +101,17 @@ class OProj(nnx.Module):
     ) -> None:
         self.kernel = weight(rngs, (size, kv_heads, group, head_dim), (None, TP, None, None), std, dtype)
 
-    def __call__(self, x: Float[Array, "T K G H"], gate_up_proj: GateUpProj) -> Float[Array, "S T D"]:
+    def __call__(
+        self, x: Float[Array, "T K G H"], num_tokens: Int[Array, ""] | None, gate_up_proj: GateUpProj
+    ) -> Float[Array, "S T D"]:
         """Project, partial sums; one all-reduce. `gate_up_proj` is what follows."""
-        return ops.project_rows(x, self.kernel[...], gate_up_proj.kernel[...])
+        return ops.project_rows(x, self.kernel[...], num_tokens, gate_up_proj.kernel[...])
 
     def adapted(
-        self, x: Float[Array, "T K G H"], adapters: LayerAdapters
+        self, x: Float[Array, "T K G H"], num_tokens: Int[Array, ""] | None, adapters: LayerAdapters
     ) -> tuple[Float[Array, "S T D"], ops.Adapted | None]:
         """Project, partial sums, and return what adapters change; one all-reduce."""
-        return adapter_ops.adapted_rows(x, self.kernel[...], adapters, "o")
+        return adapter_ops.adapted_rows(x, num_tokens, self.kernel[...], adapters, "o")
 
 
 class GateUpProj(nnx.Module):
@@ -126,9 +130,11 @@ class GateUpProj(nnx.Module):
         """Return `act(gate) * up` and the residual; no communication. `down_proj` is what follows."""
         return ops.project_gated(norm, self.kernel[...], down_proj.kernel[...], activation)
 
-    def adapted(self, x: Float[Array, "T D"], adapters: LayerAdapters, activation: str) -> Float[Array, "T F"]:
+    def adapted(
+        self, x: Float[Array, "T D"], num_tokens: Int[Array, ""] | None, adapters: LayerAdapters, activation: str
+    ) -> Float[Array, "T F"]:
         """Return `act(gate) * up` of normed tokens with their adapters; no communication."""
-        return adapter_ops.adapted_gated(x, self.kernel[...], adapters, activation)
+        return adapter_ops.adapted_gated(x, num_tokens, self.kernel[...], adapters, activation)
 
     def features_first(self, x: Float[Array, "T D"]) -> Float[Array, "2 F T"]:
         """Project with the kernel as the left operand."""
@@ -141,15 +147,15 @@ class DownProj(nnx.Module):
     def __init__(self, intermediate: int, size: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kernel = weight(rngs, (size, intermediate), (None, TP), std, dtype)
 
-    def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "S T D"]:
+    def __call__(self, x: Float[Array, "T F"], num_tokens: Int[Array, ""] | None) -> Float[Array, "S T D"]:
         """Project, partial sums; one all-reduce."""
-        return ops.project_rows(x, self.kernel[...])
+        return ops.project_rows(x, self.kernel[...], num_tokens)
 
     def adapted(
-        self, x: Float[Array, "T F"], adapters: LayerAdapters
+        self, x: Float[Array, "T F"], num_tokens: Int[Array, ""] | None, adapters: LayerAdapters
     ) -> tuple[Float[Array, "S T D"], ops.Adapted | None]:
         """Project, partial sums, and return what adapters change; one all-reduce."""
-        return adapter_ops.adapted_rows(x, self.kernel[...], adapters, "down")
+        return adapter_ops.adapted_rows(x, num_tokens, self.kernel[...], adapters, "down")
 
     def features_first(self, x: Float[Array, "F T"]) -> Float[Array, "1 T D"]:
         """Project with the kernel as the left operand; one all-reduce."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import qwen2_kernels as kernels
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.parallel import TP
@@ -97,6 +97,8 @@ class PendingNorm:
     x: Float[Array, "*S T D"]
     residual: Float[Array, "T D"] | None
     weight: Float[Array, " D"]
+    num_tokens: Int[Array, ""] | None
+    """How many of the first tokens matter, see `kernels.linear`; None means all."""
     eps: float
 
     def project(
@@ -106,12 +108,13 @@ class PendingNorm:
         **options: Any,
     ) -> tuple[Float[Array, "*S T N"], Float[Array, "T D"]]:
         """Return one device's share of the projection, and `x + residual`; `prefetch` is read next."""
-        return kernels.norm_linear(
-            self.x, self.weight, kernel, self.residual, eps=self.eps, prefetch=prefetch, **options
-        )
+        hints: dict[str, Any] = {"prefetch": prefetch, "num_tokens": self.num_tokens}
+        return kernels.norm_linear(self.x, self.weight, kernel, self.residual, eps=self.eps, **hints, **options)
 
 
-jax.tree_util.register_dataclass(PendingNorm, data_fields=["x", "residual", "weight"], meta_fields=["eps"])
+jax.tree_util.register_dataclass(
+    PendingNorm, data_fields=["x", "residual", "weight", "num_tokens"], meta_fields=["eps"]
+)
 
 
 def project_qkv(
@@ -138,22 +141,26 @@ def project_gated(
 
 
 def project_rows(
-    x: Float[Array, "T *in"], kernel: Float[Array, "D *in"], *next_kernel: Float[Array, "2 F D"]
+    x: Float[Array, "T *in"],
+    kernel: Float[Array, "D *in"],
+    num_tokens: Int[Array, ""] | None,
+    *next_kernel: Float[Array, "2 F D"],
 ) -> Float[Array, "S T D"]:
     """Multiply by a kernel whose inputs, from their first axis on, are split over the devices; one all-reduce.
 
-    One device leaves partial sums for the norm behind to add up. `next_kernel` is what the layer reads next, if known.
+    One device leaves partial sums for the norm behind to add up. `num_tokens` of the first tokens matter, None means
+    all. `next_kernel` is what the layer reads next, if known.
     """
 
-    def island(x: Array, kernel: Array, *next_kernel: Array) -> Array:
+    def island(x: Array, kernel: Array, num_tokens: Array | None, *next_kernel: Array) -> Array:
         x, kernel = x.reshape(x.shape[0], -1), kernel.reshape(kernel.shape[0], -1)
-        prefetch = next_kernel[0] if next_kernel else None
+        hints: dict[str, Any] = {"prefetch": next_kernel[0] if next_kernel else None, "num_tokens": num_tokens}
         if jax.sharding.get_abstract_mesh().shape.get(TP, 1) > 1:
-            return jax.lax.psum(kernels.linear(x, kernel, prefetch=prefetch), TP)[None]
-        return kernels.linear_partial(x, kernel, prefetch=prefetch)
+            return jax.lax.psum(kernels.linear(x, kernel, **hints), TP)[None]
+        return kernels.linear_partial(x, kernel, **hints)
 
     next_specs = [P(None, TP) for _ in next_kernel]
-    return sharded(island, (HEADS, HEADS, *next_specs), P())(x, kernel, *next_kernel)
+    return sharded(island, (HEADS, HEADS, P(), *next_specs), P())(x, kernel, num_tokens, *next_kernel)
 
 
 def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Float[Array, "T V"]:

@@ -49,7 +49,7 @@ class FlashQwen2Attention(nnx.Module):
         qkv, residual = self.qkv_proj(norm, self.o_proj)
         q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch)
         attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
-        return self.o_proj(attended, mlp.gate_up_proj), residual, kv_cache
+        return self.o_proj(attended, batch.num_tokens, mlp.gate_up_proj), residual, kv_cache
 
     def adapted(
         self,
@@ -60,10 +60,10 @@ class FlashQwen2Attention(nnx.Module):
         adapters: LayerAdapters,
     ) -> tuple[Float[Array, "S T D"], Adapted | None, KVPair]:
         """Attend with adapters, from normed tokens; return partial sums of the result and what adapters change."""
-        qkv, change = self.qkv_proj.adapted(x, self.o_proj, adapters)
+        qkv, change = self.qkv_proj.adapted(x, batch.num_tokens, self.o_proj, adapters)
         q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch, change)
         attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
-        return *self.o_proj.adapted(attended, adapters), kv_cache
+        return *self.o_proj.adapted(attended, batch.num_tokens, adapters), kv_cache
 
 
 class Qwen2MLP(nnx.Module):
@@ -83,10 +83,10 @@ class Qwen2MLP(nnx.Module):
         def tokens_first(norm: PendingNorm) -> tuple[Array, Array]:
             if self.hidden_act in FUSED_ACTIVATIONS:
                 gated, residual = self.gate_up_proj.gated(norm, self.down_proj, FUSED_ACTIVATIONS[self.hidden_act])
-                return self.down_proj(gated), residual
+                return self.down_proj(gated, norm.num_tokens), residual
             x, residual = rms_norm(norm.x, norm.residual, norm.weight, norm.eps)
             gate_up = self.gate_up_proj(x)
-            return self.down_proj(act(gate_up[:, 0]) * gate_up[:, 1]), residual
+            return self.down_proj(act(gate_up[:, 0]) * gate_up[:, 1], norm.num_tokens), residual
 
         def features_first(norm: PendingNorm) -> tuple[Array, Array]:
             x, residual = rms_norm(norm.x, norm.residual, norm.weight, norm.eps)
@@ -96,10 +96,12 @@ class Qwen2MLP(nnx.Module):
         # On a CPU a large left operand is multiplied about twice as fast as a large right one (docs/architecture.md).
         return by_platform(norm, gpu=tokens_first, elsewhere=features_first)
 
-    def adapted(self, x: Float[Array, "T D"], adapters: LayerAdapters) -> tuple[Float[Array, "S T D"], Adapted | None]:
+    def adapted(
+        self, x: Float[Array, "T D"], num_tokens: Int[Array, ""] | None, adapters: LayerAdapters
+    ) -> tuple[Float[Array, "S T D"], Adapted | None]:
         """Apply the MLP with adapters to normed tokens; return partial sums and what adapters change in them."""
-        gated = self.gate_up_proj.adapted(x, adapters, FUSED_ACTIVATIONS[self.hidden_act])
-        return self.down_proj.adapted(gated, adapters)
+        gated = self.gate_up_proj.adapted(x, num_tokens, adapters, FUSED_ACTIVATIONS[self.hidden_act])
+        return self.down_proj.adapted(gated, num_tokens, adapters)
 
 
 class FlashQwen2Layer(nnx.Module):
@@ -122,9 +124,9 @@ class FlashQwen2Layer(nnx.Module):
         kv_cache: KVPair,
     ) -> tuple[Float[Array, "S T D"], Float[Array, "T D"], KVPair]:
         """Return partial sums of the MLP's output, the residual to add to it, and the layer's cache."""
-        norm = self.input_layernorm.before(x, residual)
+        norm = self.input_layernorm.before(x, residual, batch.num_tokens)
         x, residual, kv_cache = self.self_attn(norm, self.mlp, rope, batch, kv_cache)
-        x, residual = self.mlp(self.post_attention_layernorm.before(x, residual))
+        x, residual = self.mlp(self.post_attention_layernorm.before(x, residual, batch.num_tokens))
         return x, residual, kv_cache
 
     def adapted(
@@ -141,7 +143,7 @@ class FlashQwen2Layer(nnx.Module):
         normed, residual = self.input_layernorm(x, residual, change)
         x, change, kv_cache = self.self_attn.adapted(normed, rope, batch, kv_cache, adapters)
         normed, residual = self.post_attention_layernorm(x, residual, change)
-        x, change = self.mlp.adapted(normed, adapters)
+        x, change = self.mlp.adapted(normed, batch.num_tokens, adapters)
         return x, residual, change, kv_cache
 
 

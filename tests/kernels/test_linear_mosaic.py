@@ -124,6 +124,30 @@ def test_nan_stays_in_its_token(config: MosaicConfig) -> None:
     np.testing.assert_array_equal(np.delete(poisoned, [4, 29], 0), np.delete(clean, [4, 29], 0))
 
 
+@pytest.mark.parametrize("name", ["groups", "cluster_on_tokens", "many_tokens", "tiles_of_tokens"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_takes_no_time_for_tokens_that_do_not_matter(name: str, gated: bool) -> None:
+    tokens, config = CONFIGS[name]
+    x, kernel = draw(tokens, *((2,) if gated else ()), FEATURES, SIZE)
+    options = {"activation": "silu" if gated else None, "config": config}
+    whole = interpret(linear, x, kernel, **options)
+    tile = config.token_tile * (config.cluster if config.share == "weights" else 1)
+    for some in (0, 1, tile, tile + 1, tokens):
+        out = interpret(linear, x, kernel, num_tokens=jnp.int32(some), **options)
+        end = -(-some // tile) * tile
+        np.testing.assert_array_equal(out[:end], whole[:end])
+        assert np.isnan(out[end:]).all()
+
+
+def test_partial_sums_of_tokens_that_matter() -> None:
+    config = MosaicConfig(block_n=16, split_k=2, stages=2)
+    x, kernel = draw(200, FEATURES, SIZE)
+    options = {"implementation": "mosaic", "config": config}
+    whole, some = (interpret(linear_partial, x, kernel, num_tokens=n, **options) for n in (None, jnp.int32(70)))
+    np.testing.assert_array_equal(some[:, :128], whole[:, :128])
+    assert np.isnan(some[:, 128:]).all()
+
+
 @functools.cache
 def lower(tokens: int, *shape: int, config: MosaicConfig | None = None, dtype: Any = None) -> str:
     """Lower for an H100, which runs all of Mosaic GPU's checks of shapes, layouts and shared memory."""

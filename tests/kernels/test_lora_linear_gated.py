@@ -92,10 +92,16 @@ def test_is_the_formula(name: str, tokens: int) -> None:
     ranks = jnp.asarray(ranks_of(groups, batch, x, a), jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)), gpu():
         pages = batch.item_pages[batch.entry_items]
-        out = mosaic_gated.add_and_gate(x, kernel, ranks, b, pages, batch.window_entries, config=CONFIGS[name])
-        out = np.asarray(out.astype(jnp.float32))
+        arrays = (x, kernel, ranks, b, pages, batch.window_entries)
+        out, some = (
+            np.asarray(mosaic_gated.add_and_gate(*arrays, n, config=CONFIGS[name]).astype(jnp.float32))
+            for n in (None, jnp.int32(70))
+        )
     assert not get_races().races_found
     np.testing.assert_allclose(out, formula(groups, x, kernel, a, b), rtol=0.02, atol=0.02)
+    end = CONFIGS[name].token_tile * CONFIGS[name].cluster
+    np.testing.assert_array_equal(some[:end], out[:end])
+    assert np.isnan(some[end:]).all()
 
 
 @pytest.mark.parametrize("tokens", [130, 400])

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from qwen2_kernels.linear import api as linear_api
+from qwen2_kernels.linear.xla import linear_xla
 
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.models import qwen2
 from qwen2_jax.models.adapters import (
     LoRABatch,
     PageUse,
@@ -122,13 +125,60 @@ def test_pooling_leaves_padding_out() -> None:
     np.testing.assert_array_equal(pool_sum(hidden, make_batch()), [[5.0] * 3, [3.0] * 3])
 
 
-def test_adapters_are_added_for_their_tokens_alone(model: FlashQwen2ForCausalLM, config: ModelConfig) -> None:
-    """The first prompt's tokens use page 1: their logits are those of a model with that page in its weights."""
+def make_adapters(config: ModelConfig, tokens: np.ndarray) -> StepAdapters:
+    """Random banks of two pages; `tokens` says which tokens use page 1 (0) and which none (-1)."""
     rng = np.random.default_rng(0)
     empty = init_banks(config, 1, "float32", num_pages=2, num_vectors=1)
-    banks = jax.tree.map(lambda bank: jnp.array(rng.normal(0, 0.2, bank.shape), bank.dtype), empty)
+    sizes = table_sizes(len(tokens), max_groups=1, max_pages=1)
+    tables = build_lora_tables(tokens, [TokenGroup(pages=(PageUse(page=1, modules=127),))], sizes)
+    return StepAdapters(
+        layers=jax.tree.map(lambda bank: jnp.array(rng.normal(0, 0.2, bank.shape), bank.dtype), empty),
+        tables=LoRABatch(**jax.tree.map(jnp.array, tables), tile=sizes.tile, max_pages=1),
+        scale_rows=jnp.full(len(tokens), -1),
+    )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_padding_reaches_nothing(config: ModelConfig, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projections may leave anything behind a step's tokens: NaN there changes neither logits nor the cache."""
+    model = FlashQwen2ForCausalLM(config, rngs=nnx.Rngs(0))
+    calls: list[Any] = []
+
+    def poisoned(x: Any, kernel: Any, *others: Any, **options: Any) -> Any:
+        out, num_tokens = linear_xla(x, kernel, *others, **options), others[-1]
+        if num_tokens is None:
+            return out
+        calls.append(kernel.shape)
+        return jnp.where(jnp.arange(len(x))[:, None] < num_tokens, out, jnp.nan)
+
+    def run() -> Any:
+        whole, padding = make_batch(), jnp.zeros(8, int)
+        batch = dataclasses.replace(
+            whole,
+            input_ids=jnp.concatenate([whole.input_ids, padding]),
+            position_ids=jnp.concatenate([whole.position_ids, padding]),
+            slot_mapping=jnp.concatenate([whole.slot_mapping, padding - 1]),
+        )
+        adapters = make_adapters(config, np.array([0] * 5 + [-1] * 11)) if adapted else None
+        (logits, _), cache = model(batch, make_cache(config), adapters=adapters, lm_head_indices=jnp.arange(8))
+        return logits, cache
+
+    # A GPU's choices, in XLA's implementation.
+    monkeypatch.setattr(qwen2, "by_platform", lambda *arrays, gpu, elsewhere: gpu(*arrays))
+    expected = run()
+    monkeypatch.setitem(linear_api.IMPLEMENTATIONS, "xla", poisoned)
+    jax.clear_caches()
+    found = run()
+    jax.clear_caches()
+    assert len(calls) >= 4
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_adapters_are_added_for_their_tokens_alone(model: FlashQwen2ForCausalLM, config: ModelConfig) -> None:
+    """The first prompt's tokens use page 1: their logits are those of a model with that page in its weights."""
+    adapters = make_adapters(config, np.array([0] * 5 + [-1] * 3))
     merged = nnx.clone(model)
-    for layer, bank in zip(merged.model.layers, banks, strict=True):
+    for layer, bank in zip(merged.model.layers, adapters.layers, strict=True):
         attention, mlp, slots = layer.self_attn, layer.mlp, [0] * config.num_queries_per_kv + [1, 2]
         kernels = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         parts = (bank.qkv, bank.o, bank.gate_up, bank.down)
@@ -136,13 +186,6 @@ def test_adapters_are_added_for_their_tokens_alone(model: FlashQwen2ForCausalLM,
         for kernel, part, equation in zip(kernels, parts, equations, strict=True):
             a = {1: part.a[1, 0], 2: part.a[1], 3: part.a[1][jnp.array(slots)]}[part.a.shape[1]]
             kernel.kernel[...] += jnp.einsum(equation, a, part.b[1])
-    tokens, sizes = np.array([0] * 5 + [-1] * 3), table_sizes(8, max_groups=1, max_pages=1)
-    tables = build_lora_tables(tokens, [TokenGroup(pages=(PageUse(page=1, modules=127),))], sizes)
-    adapters = StepAdapters(
-        layers=banks,
-        tables=LoRABatch(**jax.tree.map(jnp.array, tables), tile=sizes.tile, max_pages=1),
-        scale_rows=jnp.full(8, -1),
-    )
     (found, _), _ = model(make_batch(), make_cache(config), adapters=adapters)
     (changed, _), _ = merged(make_batch(), make_cache(config))
     (plain, _), _ = model(make_batch(), make_cache(config))

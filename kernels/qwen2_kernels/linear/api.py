@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen2_kernels.dispatch import select
 from qwen2_kernels.launch import has_triton
@@ -49,6 +49,7 @@ def linear(
     residual: Float[Array, "T N"] | None = None,
     activation: str | None = None,
     prefetch: Array | None = None,
+    num_tokens: Int[Array, ""] | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str = "auto",
     config: Config | MosaicConfig | None = None,
@@ -67,6 +68,8 @@ def linear(
         activation: `"silu"`, `"gelu"` or `"gelu_tanh"`.
         prefetch: the kernel that the next projection reads. A hint, which only Triton's kernels follow: its first
             bytes are on their way to the cache while this projection ends and the next is launched.
+        num_tokens: how many of the first tokens matter; None means all. The others' results are undefined, which the
+            Mosaic kernel makes use of: it takes no time for them.
         out_dtype: the result's dtype; None means `x`'s.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32), `"mosaic"` (Hopper, bfloat16)
             or `"auto"`: on a GPU and in bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists,
@@ -88,9 +91,8 @@ def linear(
     run = select("linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     extra = {} if config is None else {"config": config}
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    return run(
-        x, kernel, norm_weight, bias, residual, prefetch, eps=eps, activation=activation, out_dtype=dtype, **extra
-    )
+    arrays = (x, kernel, norm_weight, bias, residual, prefetch, num_tokens)
+    return run(*arrays, eps=eps, activation=activation, out_dtype=dtype, **extra)
 
 
 def linear_partial(
@@ -98,6 +100,7 @@ def linear_partial(
     kernel: Float[Array, "N D"],
     *,
     prefetch: Array | None = None,
+    num_tokens: Int[Array, ""] | None = None,
     implementation: str = "auto",
     config: MosaicConfig | None = None,
 ) -> Float[Array, "S T N"]:
@@ -106,7 +109,7 @@ def linear_partial(
     Args:
         x: the tokens. NaN in one of them (padding) reaches no other.
         kernel: the weights in Hugging Face's layout, [out, in].
-        prefetch: see `linear`.
+        prefetch, num_tokens: see `linear`.
         implementation: `"mosaic"` (Hopper, bfloat16; float32 sums), `"whole"` (what `linear` gives, S = 1), or
             `"auto"`: `"mosaic"` for few tokens where `linear` would choose it and the program is traced for a mesh of
             such GPUs.
@@ -125,12 +128,12 @@ def linear_partial(
         splits = splits and x.shape[0] <= FEW_TOKENS and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
         implementation = "mosaic" if splits else "whole"
     if implementation == "whole":
-        return linear(x, kernel, prefetch=prefetch)[None]
+        return linear(x, kernel, prefetch=prefetch, num_tokens=num_tokens)[None]
     if implementation != "mosaic":
         raise ValueError(f"linear_partial has no implementation {implementation!r}; use one of auto, mosaic, whole")
     from qwen2_kernels.linear.mosaic import linear_partial_mosaic
 
-    return linear_partial_mosaic(x, kernel, config=config)
+    return linear_partial_mosaic(x, kernel, num_tokens, config=config)
 
 
 def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str, str]:

@@ -32,6 +32,7 @@ def linear_mosaic(
     bias: Array | None,
     residual: Array | None,
     prefetch: Array | None = None,
+    num_tokens: Array | None = None,
     *,
     eps: float,
     activation: str | None,
@@ -51,14 +52,16 @@ def linear_mosaic(
     if norm_weight is not None:
         x, _ = rms_norm_xla(x, norm_weight, None, eps=eps)
     if config.split_k == 1 and bias is None and residual is None:
-        return _run(x, kernel, out_dtype=out_dtype, config=config)
-    sums = _run(x, kernel, out_dtype=jnp.dtype(jnp.float32), config=config)
+        return _run(x, kernel, num_tokens, out_dtype=out_dtype, config=config)
+    sums = _run(x, kernel, num_tokens, out_dtype=jnp.dtype(jnp.float32), config=config)
     if config.split_k > 1:
         sums = add_partial_sums(sums)
     return add_epilogue(sums, bias, residual, out_dtype)
 
 
-def linear_partial_mosaic(x: Array, kernel: Array, *, config: MosaicConfig | None = None) -> Array:
+def linear_partial_mosaic(
+    x: Array, kernel: Array, num_tokens: Array | None = None, *, config: MosaicConfig | None = None
+) -> Array:
     """Return float32 [S, T, N], whose sum over S is x [T, D] @ kernel.T [D, N]; S depends on the shapes.
 
     Raises:
@@ -68,7 +71,7 @@ def linear_partial_mosaic(x: Array, kernel: Array, *, config: MosaicConfig | Non
     if (reason := supported(x, kernel)) is not None:
         raise NotImplementedError(f"linear: {reason}")
     config = config or default_config(x.shape[0], kernel.shape[0], x.shape[1], gated=False)
-    sums = _run(x, kernel, out_dtype=jnp.dtype(jnp.float32), config=config)
+    sums = _run(x, kernel, num_tokens, out_dtype=jnp.dtype(jnp.float32), config=config)
     return sums if config.split_k > 1 else sums[None]
 
 
@@ -79,7 +82,7 @@ def add_partial_sums(partial_sums: Array) -> Array:
 
 # A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
-def _run(x: Array, kernel: Array, *, out_dtype: jnp.dtype, config: MosaicConfig) -> Array:
+def _run(x: Array, kernel: Array, num_tokens: Array | None, *, out_dtype: jnp.dtype, config: MosaicConfig) -> Array:
     """Return [T, N], gated if the kernel is [2, N, D]; with `split_k` > 1 float32 partial sums [split_k, T, N]."""
     tokens, gated = x.shape[0], kernel.ndim == 3
     if tokens > ALIGNMENT:
@@ -88,8 +91,15 @@ def _run(x: Array, kernel: Array, *, out_dtype: jnp.dtype, config: MosaicConfig)
     check(plan, out_dtype)
     shape = (x.shape[0], plan.out_features)
     out_type = jax.ShapeDtypeStruct((config.split_k, *shape) if config.split_k > 1 else shape, out_dtype)
-    out = make_kernel(plan, out_type, functools.partial(program, plan=plan))(x, kernel)
+    if num_tokens is None or plan.tiles_t == 1:
+        out = make_kernel(plan, out_type, functools.partial(program, plan=plan))(x, kernel)
+    else:
+        out = make_kernel(plan, out_type, functools.partial(_some_tiles, plan=plan))(x, kernel, num_tokens[None])
     return out[..., :tokens, :]
+
+
+def _some_tiles(x_gmem: Any, kernel_gmem: Any, num_tokens_gmem: Any, out_gmem: Any, **options: Any) -> None:
+    program(x_gmem, kernel_gmem, out_gmem, num_tokens_gmem=num_tokens_gmem, **options)
 
 
 def check(plan: Plan, out_dtype: jnp.dtype) -> None:

@@ -48,6 +48,11 @@ class Plan:
         """Tiles of output features, or clusters' tiles."""
         return -(-self.out_features // (self.config.block_n * self.ranks[1]))
 
+    def tiles_of(self, tokens: Array) -> Array:
+        """Return how many of the tiles of tokens hold the first `tokens`."""
+        tile = self.config.token_tile * self.ranks[0]
+        return jnp.minimum(lax.div(tokens + (tile - 1), jnp.int32(tile)), self.tiles_t)
+
     @property
     def items(self) -> int:
         """Pieces of work, each a cluster's."""
@@ -118,11 +123,16 @@ def program(
     out_gmem: Any,
     *,
     plan: Plan,
+    num_tokens_gmem: Any = None,
     addend: Addend | None = None,
     **scratch: Any,
 ) -> None:
-    """Run one program: x [T, K], kernel [N, K] or [2, N, K], out [T, N] or [split_k, T, N]."""
+    """Run one program: x [T, K], kernel [N, K] or [2, N, K], out [T, N] or [split_k, T, N].
+
+    With `num_tokens_gmem` [1], tiles of tokens behind the first so many are left out.
+    """
     shared = Shared(**scratch)
+    tiles_t = plan.tiles_t if num_tokens_gmem is None else plan.tiles_of(num_tokens_gmem[0])
     consumers = plan.config.consumers
     warpgroup = lax.axis_index("warpgroup")
 
@@ -130,7 +140,7 @@ def program(
     def _producer() -> None:
         if consumers > 1:
             plgpu.set_max_registers(40 if consumers == 2 else 32, action="decrease")
-        total = _produce(x_gmem, kernel_gmem, shared, plan, addend)
+        total = _produce(x_gmem, kernel_gmem, shared, plan, tiles_t, addend)
         # Nobody arrives at the barriers of a program that is gone.
         lax.fori_loop(0, plan.config.stages, lambda index, _: _wait_empty(shared, plan, total + index), None)
         if addend is not None:
@@ -142,28 +152,32 @@ def program(
             plgpu.set_max_registers(232 if consumers == 2 else 160, action="increase")
         if addend is not None:
             addend.prepare()
-        _consume(out_gmem, shared, plan, warpgroup, addend)
+        _consume(out_gmem, shared, plan, tiles_t, warpgroup, addend)
 
 
-def _for_each_item(plan: Plan, body: Any) -> Array:
+def _for_each_item(plan: Plan, tiles_t: Array | int, body: Any) -> Array:
     """Call `body(item)` for this cluster's pieces of work and return the steps that they take."""
     cluster = lax.axis_index("program")
     rank = lax.axis_index("cluster") if plan.config.cluster > 1 else 0
-    full, left = divmod(plan.items, plan.clusters)
-    turns = jnp.int32(full) if left == 0 else full + (cluster < left).astype(jnp.int32)
+    if isinstance(tiles_t, int):
+        full, left = divmod(plan.items, plan.clusters)
+        turns = jnp.int32(full) if left == 0 else full + (cluster < left).astype(jnp.int32)
+    else:
+        items = tiles_t * (plan.tiles_n * plan.config.split_k)
+        turns, _ = _divide(items + (plan.clusters - 1) - cluster, plan.clusters)
 
-    lax.fori_loop(0, turns, lambda turn, _: body(_deal(plan, cluster, rank, turn)), None)
+    lax.fori_loop(0, turns, lambda turn, _: body(_deal(plan, tiles_t, cluster, rank, turn)), None)
     return turns * plan.steps
 
 
-def _deal(plan: Plan, cluster: Array, rank: Array | int, turn: Array) -> Item:
+def _deal(plan: Plan, tiles_t: Array | int, cluster: Array, rank: Array | int, turn: Array) -> Item:
     """Return what a cluster's program `rank` works at in its `turn`."""
-    split, rest = _divide(cluster + turn * plan.clusters, plan.tiles_t * plan.tiles_n)
+    split, rest = _divide(cluster + turn * plan.clusters, tiles_t * plan.tiles_n)
     # Tiles of the same rows of the kernel run side by side, so that the cache serves all but one of them, as do those
     # of the same tokens soon after.
     group, rest = _divide(rest, plan.config.group * plan.tiles_n)
     first = group * plan.config.group
-    tile_n, tile_t = _divide(rest, jnp.minimum(plan.tiles_t - first, plan.config.group))
+    tile_n, tile_t = _divide(rest, jnp.minimum(tiles_t - first, plan.config.group))
     ranks_t, ranks_n = plan.ranks
     token = ((first + tile_t) * ranks_t + (rank if ranks_t > 1 else 0)) * plan.config.token_tile
     feature = (tile_n * ranks_n + (rank if ranks_n > 1 else 0)) * plan.config.block_n
@@ -189,7 +203,9 @@ def _weights(kernel_gmem: Any, plan: Plan, item: Item, index: Array | int) -> li
     return [source.at[features, columns] for source in sources]
 
 
-def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan, addend: Addend | None) -> Array:
+def _produce(
+    x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan, tiles_t: Array | int, addend: Addend | None
+) -> Array:
     """Copy tiles of the kernel and of the tokens to shared memory as soon as there is room; return their number."""
     config = plan.config
     shared_by = [("cluster" if ranks > 1 else None) for ranks in plan.ranks]  # of the kernel, of the tokens
@@ -218,10 +234,12 @@ def _produce(x_gmem: Any, kernel_gmem: Any, shared: Shared, plan: Plan, addend: 
         if addend is not None:
             addend.load(item)
 
-    return _for_each_item(plan, load)
+    return _for_each_item(plan, tiles_t, load)
 
 
-def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array, addend: Addend | None) -> None:
+def _consume(
+    out_gmem: Any, shared: Shared, plan: Plan, tiles_t: Array | int, warpgroup: Array, addend: Addend | None
+) -> None:
     """Multiply the tokens of one warpgroup."""
     config = plan.config
     first_row = warpgroup * config.rows
@@ -263,7 +281,7 @@ def _consume(out_gmem: Any, shared: Shared, plan: Plan, warpgroup: Array, addend
             results = [gate * up * root * root]
         _store(results[0].astype(out_gmem.dtype), out_gmem, shared, item, first_row, config)
 
-    _for_each_item(plan, finish)
+    _for_each_item(plan, tiles_t, finish)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

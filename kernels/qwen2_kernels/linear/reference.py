@@ -13,12 +13,13 @@ def linear_reference(
     bias: Array | None,
     residual: Array | None,
     prefetch: Array | None = None,
+    num_tokens: Array | None = None,
     *,
     eps: float,
     activation: str | None,
     out_dtype: jnp.dtype,
 ) -> Array:
-    """See `api.linear`. `prefetch` is a hint that has no meaning here."""
+    """See `api.linear`. `prefetch` and `num_tokens` are hints that have no meaning here."""
     wide = x.astype(jnp.float32)
     if norm_weight is not None:
         rms = jnp.sqrt(jnp.square(wide).mean(axis=-1) + eps)

@@ -26,6 +26,7 @@ def norm_gemv(
     stream: Array | None,
     bias: Array | None,
     prefetch: Array | None,
+    num_tokens: Array | None,
     *,
     eps: float,
     activation: str | None,
@@ -52,13 +53,14 @@ def linear_triton(
     bias: Array | None,
     residual: Array | None,
     prefetch: Array | None,
+    num_tokens: Array | None = None,
     *,
     eps: float,
     activation: str | None,
     out_dtype: jnp.dtype,
     config: Config | None = None,
 ) -> Array:
-    """See `api.linear`.
+    """See `api.linear`; `num_tokens` is ignored.
 
     Raises:
         NotImplementedError: dtypes other than bfloat16 and float32, or a kernel's that is not `x`'s; several tokens

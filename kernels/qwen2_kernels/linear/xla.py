@@ -14,12 +14,13 @@ def linear_xla(
     bias: Array | None,
     residual: Array | None,
     prefetch: Array | None = None,
+    num_tokens: Array | None = None,
     *,
     eps: float,
     activation: str | None,
     out_dtype: jnp.dtype,
 ) -> Array:
-    """See `api.linear`; `prefetch` is ignored.
+    """See `api.linear`; `prefetch` and `num_tokens` are ignored.
 
     The product itself is rounded to `out_dtype` once, as Hugging Face's layers do it.
     """

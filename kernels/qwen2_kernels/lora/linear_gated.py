@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen2_kernels.dispatch import log_once
 from qwen2_kernels.linear.api import linear
@@ -30,6 +30,7 @@ def lora_linear_gated(
     activation: str,
     bias_bank: Float[Array, "V 2 F"] | None = None,
     scale_bank: Float[Array, "V 2 F"] | None = None,
+    num_tokens: Int[Array, ""] | None = None,
     implementation: str = "auto",
     config: MosaicConfig | None = None,
 ) -> Float[Array, "T F"]:
@@ -39,6 +40,7 @@ def lora_linear_gated(
         x: the tokens. NaN in one of them (padding) reaches no other.
         kernel: gate's and up's weights, [out, in].
         a_bank, b_bank, batch, activation, bias_bank, scale_bank: see `lora_gated`.
+        num_tokens: see `linear`.
         implementation: `"reference"`, `"mosaic"` (Hopper, bfloat16, silu, windows of 128 tokens, no `bias_bank` and
             `scale_bank`), `"separate"` (`linear`, then `lora_gated`), or `"auto"`: `"mosaic"` where it can do what is
             asked, in a program that is traced for a mesh of such GPUs.
@@ -64,12 +66,13 @@ def lora_linear_gated(
         implementation = "mosaic" if reason is None else "separate"
         log_once("lora_linear_gated", implementation, reason or "on Hopper")
     if implementation == "separate":
-        base = linear(x, kernel.reshape(-1, kernel.shape[-1])).reshape(x.shape[0], *kernel.shape[:2])
+        base = linear(x, kernel.reshape(-1, kernel.shape[-1]), num_tokens=num_tokens)
+        base = base.reshape(x.shape[0], *kernel.shape[:2])
         vectors: dict[str, Any] = {"bias_bank": bias_bank, "scale_bank": scale_bank}
         return lora_gated(x, base, a_bank, b_bank, batch, activation=activation, **vectors)
     from qwen2_kernels.lora.mosaic_gated import lora_linear_gated_mosaic
 
-    return lora_linear_gated_mosaic(x, kernel, a_bank, b_bank, batch, activation=activation, config=config)
+    return lora_linear_gated_mosaic(x, kernel, a_bank, b_bank, batch, num_tokens, activation=activation, config=config)
 
 
 def _is_for_gpu() -> bool:

@@ -37,6 +37,7 @@ def lora_linear_gated_mosaic(
     a_bank: Array,
     b_bank: Array,
     batch: LoRABatch,
+    num_tokens: Array | None = None,
     *,
     activation: str,
     config: MosaicConfig | None = None,
@@ -49,7 +50,7 @@ def lora_linear_gated_mosaic(
     ranks = window_ranks(ranks, batch, x.dtype)
     assert batch.entry_items is not None
     pages = batch.item_pages[batch.entry_items]
-    return add_and_gate(x, kernel, ranks, b_bank, pages, batch.window_entries, config=config)
+    return add_and_gate(x, kernel, ranks, b_bank, pages, batch.window_entries, num_tokens, config=config)
 
 
 def default_gated_config() -> MosaicConfig:
@@ -98,9 +99,20 @@ def window_ranks(ranks: Array, batch: LoRABatch, dtype: jnp.dtype) -> Array:
 # A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("config",))
 def add_and_gate(
-    x: Array, kernel: Array, ranks: Array, b_bank: Array, pages: Array, windows: Array, *, config: MosaicConfig
+    x: Array,
+    kernel: Array,
+    ranks: Array,
+    b_bank: Array,
+    pages: Array,
+    windows: Array,
+    num_tokens: Array | None,
+    *,
+    config: MosaicConfig,
 ) -> Array:
-    """Return [T, F] of x [T, D], kernel [2, F, D], `window_ranks` and the tables' pages and windows."""
+    """Return [T, F] of x [T, D], kernel [2, F, D], `window_ranks` and the tables' pages and windows.
+
+    Tokens behind the first `num_tokens` are left out where they fill tiles; None means all.
+    """
     tokens = x.shape[0]
     x = jnp.pad(x, ((0, -tokens % ALIGNMENT), (0, 0)))
     plan = Plan(config=config, tokens=x.shape[0], out_features=kernel.shape[1], in_features=x.shape[1], gated=True)
@@ -115,7 +127,8 @@ def add_and_gate(
         page_full=plgpu.Barrier(num_arrivals=2 * PARTS, num_barriers=PAGE_STAGES),
         page_empty=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=PAGE_STAGES),
     )
-    return launch(x, kernel, ranks, b_bank, pages, windows)[:tokens]
+    counted = jnp.full(1, tokens, jnp.int32) if num_tokens is None else num_tokens[None]
+    return launch(x, kernel, ranks, b_bank, pages, windows, counted)[:tokens]
 
 
 def _program(
@@ -125,6 +138,7 @@ def _program(
     b_gmem: Any,
     pages_gmem: Any,
     windows_gmem: Any,
+    num_tokens_gmem: Any,
     out_gmem: Any,
     *,
     plan: Plan,
@@ -145,7 +159,7 @@ def _program(
         full=page_full,
         empty=page_empty,
     )
-    program(x_gmem, kernel_gmem, out_gmem, plan=plan, addend=pages, **scratch)
+    program(x_gmem, kernel_gmem, out_gmem, plan=plan, num_tokens_gmem=num_tokens_gmem, addend=pages, **scratch)
 
 
 @dataclass(frozen=True, kw_only=True)

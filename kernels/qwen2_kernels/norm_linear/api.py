@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen2_kernels.dispatch import select
 from qwen2_kernels.linear.api import linear, linear_partial
@@ -19,6 +19,7 @@ def _separate(
     residual: Array | None,
     bias: Array | None,
     prefetch: Array | None,
+    num_tokens: Array | None,
     *,
     eps: float,
     activation: str | None,
@@ -26,8 +27,9 @@ def _separate(
 ) -> tuple[Array, Array]:
     normed, total = rms_norm(x, norm_weight, residual, eps=eps)
     if partial:
-        return linear_partial(normed, kernel, prefetch=prefetch), total
-    return linear(normed, kernel, bias=bias, activation=activation, prefetch=prefetch), total
+        return linear_partial(normed, kernel, prefetch=prefetch, num_tokens=num_tokens), total
+    out = linear(normed, kernel, bias=bias, activation=activation, prefetch=prefetch, num_tokens=num_tokens)
+    return out, total
 
 
 def _triton(*arrays: Any, **options: Any) -> tuple[Array, Array]:
@@ -53,6 +55,7 @@ def norm_linear(
     bias: Float[Array, " N"] | None = None,
     activation: str | None = None,
     prefetch: Array | None = None,
+    num_tokens: Int[Array, ""] | None = None,
     partial: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "T N"] | Float[Array, "S T N"], Float[Array, "T D"]]:
@@ -64,7 +67,7 @@ def norm_linear(
         kernel: the projection's weights, see `linear`.
         residual: added to `x` first; None leaves `x` as `total`.
         eps: what the norm adds to the mean square.
-        bias, activation, prefetch: see `linear`.
+        bias, activation, prefetch, num_tokens: see `linear`.
         partial: return what `linear_partial` does, without bias and activation.
         implementation: `"reference"`, `"separate"` (the ops `rms_norm` and `linear`, each by its own choice),
             `"triton"` (CUDA, one token, bfloat16 or float32; one launch) or `"auto"`: on a GPU `"triton"` for one token
@@ -86,7 +89,8 @@ def norm_linear(
         raise ValueError("norm_linear: partial sums have neither bias nor activation")
     gpu, reason = _choice_on_gpu(x, kernel)
     run = select("norm_linear", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="separate", reason=reason)
-    return run(x, norm_weight, kernel, residual, bias, prefetch, eps=eps, activation=activation, partial=partial)
+    arrays = (x, norm_weight, kernel, residual, bias, prefetch, num_tokens)
+    return run(*arrays, eps=eps, activation=activation, partial=partial)
 
 
 def _choice_on_gpu(x: Array, kernel: Array) -> tuple[str, str]:

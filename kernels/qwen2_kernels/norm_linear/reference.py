@@ -13,6 +13,7 @@ def norm_linear_reference(
     residual: Array | None,
     bias: Array | None,
     prefetch: Array | None,
+    num_tokens: Array | None,
     *,
     eps: float,
     activation: str | None,
@@ -24,6 +25,6 @@ def norm_linear_reference(
     total = total if residual is None else total + residual.astype(jnp.float32)
     dtype = norm_weight.dtype if x.ndim == 3 else x.dtype
     out = linear_reference(
-        total, kernel, norm_weight, bias, None, prefetch, eps=eps, activation=activation, out_dtype=dtype
+        total, kernel, norm_weight, bias, None, prefetch, num_tokens, eps=eps, activation=activation, out_dtype=dtype
     )
     return out[None] if partial else out, total.astype(dtype)
