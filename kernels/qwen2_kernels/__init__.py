@@ -7,7 +7,7 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.dispatch import by_platform
 from qwen2_kernels.flash_attention.api import flash_attention
-from qwen2_kernels.linear.api import linear, linear_partial
+from qwen2_kernels.linear.api import linear, linear_partial, skips_padding
 from qwen2_kernels.lora.api import lora_delta, lora_gated
 from qwen2_kernels.lora.batch import LoRABatch
 from qwen2_kernels.lora.linear_gated import lora_linear_gated
@@ -29,5 +29,6 @@ __all__ = [
     "norm_linear",
     "paged_attention",
     "rms_norm",
+    "skips_padding",
     "write_kv",
 ]

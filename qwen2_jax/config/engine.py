@@ -129,8 +129,11 @@ class EngineConfig:
         _check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
         _check_type("enable_chunked_prefill", self.enable_chunked_prefill, bool, "True or False")
 
-    def resolve(self, model: ModelConfig, platform: str) -> "ResolvedConfig":
-        """Fill in what depends on the model and on `platform` (`"gpu"` or `"cpu"`), and check the whole."""
+    def resolve(self, model: ModelConfig, platform: str, *, skips_padding: bool = False) -> "ResolvedConfig":
+        """Fill in what depends on the model and on `platform` (`"gpu"` or `"cpu"`), and check the whole.
+
+        `skips_padding` says that this platform's kernels take no time for the padding of a prefill of many tokens.
+        """
         gpu = platform != "cpu"
         max_num_seqs = self.max_num_seqs or (256 if gpu else 16)
         context = model.context_length
@@ -167,6 +170,7 @@ class EngineConfig:
             smallest_batch=8 if gpu else 4,
             smallest_prefill=128 if gpu else 32,
             decode_growth=2 if gpu else 4,
+            skips_padding=skips_padding,
         )
 
     def _mixed_tokens(self, tokens: int, max_num_seqs: int, *, gpu: bool) -> int:
@@ -201,6 +205,8 @@ class ResolvedConfig:
     """Tokens of the smallest prefill program: on a GPU fewer take about as long as 128, the time of reading weights."""
     decode_growth: int
     """How many times the last one each larger decode bucket is: compilation time against padding."""
+    skips_padding: bool = False
+    """Whether a prefill of many tokens takes no time for its padding, so that few buckets do."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -229,11 +235,12 @@ class ResolvedConfig:
     def prefill_buckets(self) -> tuple[int, ...]:
         """T of the prefill programs; R of each is `prefill_rows(T)`.
 
-        Few small ones, for a step of up to some hundred tokens takes as long as its weights' read; finer ones above.
+        Few small ones, which take as long as reading the weights; finer ones above, where padding takes time.
         """
-        sizes, largest = [self.smallest_prefill, 128, 512, 1024], self.max_num_batched_tokens
+        sizes, largest = [self.smallest_prefill, 128, 512, 1024, 1536, 2048], self.max_num_batched_tokens
         while sizes[-1] < largest:
-            sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+            between = [] if self.skips_padding else [sizes[-1] * 3 // 2]
+            sizes += [*between, sizes[-1] * 2]
         return tuple(sorted({min(size, largest) for size in sizes}))
 
     def prefill_rows(self, tokens: int) -> int:

@@ -32,6 +32,7 @@ from qwen2_jax.lora.sizes import LoRASizes
 from qwen2_jax.lora.vocab import DeviceVocabBanks, VocabLayout
 from qwen2_jax.models.activations import FUSED_ACTIVATIONS
 from qwen2_jax.models.checkpoint import Checkpoint
+from qwen2_jax.models.ops import skips_padding
 from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weights import open_checkpoint
 from qwen2_jax.parallel import TP
@@ -55,7 +56,7 @@ def build_engine(
     _reserve_device_memory(options.cache.gpu_memory_utilization)
     cache_directory = use_persistent_cache()
     model = model_config(checkpoint, load)
-    config = options.resolve(model, jax.default_backend())
+    config = options.resolve(model, jax.default_backend(), skips_padding=skips_padding())
     with _compile_pool(load.compile_workers) as pool:  # its processes get ready while weights are read
         loaded = load_model(checkpoint, model, load, options)
         logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)

@@ -163,6 +163,11 @@ def project_rows(
     return sharded(island, (HEADS, HEADS, P(), *next_specs), P())(x, kernel, num_tokens, *next_kernel)
 
 
+def skips_padding() -> bool:
+    """Return whether, in prefills of many tokens, projections in bfloat16 take no time for the padding here."""
+    return kernels.skips_padding()
+
+
 def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Float[Array, "T V"]:
     """Return each device's share of the logits, float32; no communication."""
 

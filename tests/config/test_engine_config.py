@@ -245,6 +245,12 @@ def test_buckets_hold_every_size_without_too_much_padding(platform: str, seqs: i
         assert config.prefill_rows(bucket) == min(bucket, seqs)
 
 
+def test_where_padding_takes_no_time_fewer_buckets_do() -> None:
+    config = EngineConfig(max_num_batched_tokens=10000).resolve(ModelConfig.from_hf(MODEL), "gpu", skips_padding=True)
+    assert config.prefill_buckets == (128, 512, 1024, 1536, 2048, 4096, 8192, 10000)
+    assert resolve(max_num_batched_tokens=4096).prefill_buckets == (128, 512, 1024, 1536, 2048, 3072, 4096)
+
+
 @pytest.mark.parametrize("length, block_size, expected", [(1000, 16, 63), (64, 16, 4), (65, 16, 5), (5, 8, 1)])
 def test_blocks_per_sequence(length: int, block_size: int, expected: int) -> None:
     assert resolve(max_model_len=length, block_size=block_size).blocks_per_sequence == expected

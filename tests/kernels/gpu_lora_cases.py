@@ -78,6 +78,14 @@ def fused_cases(shapes: tuple[tuple[str, int], ...] = (("7b", 2048), ("7b", 512)
                 seeds=2,
                 tolerance=GATED_TOLERANCE,
             )
+            yield GpuCase(
+                op="lora_linear_gated",
+                implementation=implementation,
+                label=f"{model}_{tokens}_a_third",
+                run=partial(_run_fused, tokens // 3),
+                make=partial(_fused_arrays, QWEN2_5[model].projections["gate_up"], tokens),
+                tolerance=GATED_TOLERANCE,
+            )
 
 
 def projection_of(geometry: Geometry, name: str) -> LoRAProjection:
@@ -89,6 +97,10 @@ def projection_of(geometry: Geometry, name: str) -> LoRAProjection:
 def _run_delta(projection: LoRAProjection, *arrays: Any, **options: Any) -> Array:
     x, a_bank, b_bank, bias_bank, batch = arrays
     return lora_delta(x, a_bank, b_bank, batch, projection=projection, bias_bank=bias_bank, **options)
+
+
+def _run_fused(some: int, *arrays: Any, **options: Any) -> Array:
+    return lora_linear_gated(*arrays, activation="silu", num_tokens=jnp.int32(some), **options)[:some]
 
 
 def _run_gated(*arrays: Any, **options: Any) -> Array:

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from qwen2_kernels.dispatch import select
+from qwen2_kernels.hopper_config import unsupported_gpu
 from qwen2_kernels.launch import has_triton
 from qwen2_kernels.linear.activations import ACTIVATIONS
 from qwen2_kernels.linear.config import GEMV_MAX_TOKENS, Config, tuning_key
@@ -134,6 +135,11 @@ def linear_partial(
     from qwen2_kernels.linear.mosaic import linear_partial_mosaic
 
     return linear_partial_mosaic(x, kernel, num_tokens, config=config)
+
+
+def skips_padding() -> bool:
+    """Return whether this machine's GPUs take no time for the tokens behind `num_tokens`, if they are many: Hopper."""
+    return jax.default_backend() == "gpu" and has_triton() and unsupported_gpu() is None
 
 
 def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str, str]:
