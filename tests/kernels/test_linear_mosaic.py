@@ -186,7 +186,7 @@ def test_default_configs_fit_every_geometry(model: str, tokens: int) -> None:
         gated = projection == "gate_up"
         config = default_config(tokens, *shape[-2:], gated=gated)
         assert config.token_tile >= min(tokens, 256)
-        assert all(config.shared_memory(gated=gated, out_bytes=size) <= SHARED_MEMORY for size in (2, 4))
+        assert all(config.shared_memory(tokens, gated=gated, out_bytes=size) <= SHARED_MEMORY for size in (2, 4))
         tiles = -(-shape[-2] // config.block_n) * config.split_k
         assert tiles <= 132 or tiles / 132 / -(-tiles // 132) > 0.7, "the last wave is nearly empty"
 
@@ -197,7 +197,7 @@ def test_default_configs_fit_every_geometry(model: str, tokens: int) -> None:
 def test_lowers_for_many_tokens(model: str, projection: str, tokens: int) -> None:
     shape = projections(model)[projection]
     config = default_config(tokens, *shape[-2:], gated=projection == "gate_up")
-    assert config.shared_memory(gated=projection == "gate_up", out_bytes=2) <= SHARED_MEMORY
+    assert config.shared_memory(tokens, gated=projection == "gate_up", out_bytes=2) <= SHARED_MEMORY
     assert lower(tokens, *shape).count("mosaic_gpu_v2") == 1
 
 

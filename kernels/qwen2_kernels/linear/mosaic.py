@@ -139,7 +139,7 @@ def make_kernel(plan: Plan, out_type: jax.ShapeDtypeStruct, body: Any, **scratch
         kernel_name="hopper_linear",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         scratch_types=dict(
-            x=smem((config.stages, config.token_tile, config.block_k)),
+            x=smem((config.token_rows(plan.tokens), config.block_k)),
             weights=smem((config.stages, rows, config.block_k)),
             out=plgpu.SMEM((2, config.token_tile, columns), out_dtype, transforms=out_transforms),
             full=plgpu.Barrier(num_arrivals=2 + plan.gated, num_barriers=config.stages),

@@ -16,6 +16,10 @@ MAX_ACCUMULATORS = 144
 """Registers for sums that a thread has to spare."""
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a program can have."""
+FEW_TOKENS = 32
+FEW_TOKENS_SHARED_MEMORY = 150 * 1024
+"""What a program takes of it for so few tokens: more stages gain nothing, and adapters' kernels run beside it in the
+rest."""
 SHARES = ("tokens", "weights")
 MANY_TOKENS = 256
 """Tokens from which on the tensor cores are the limit, not the kernel's bytes."""
@@ -87,10 +91,23 @@ class MosaicConfig:
         most = self.piece_bytes // out_bytes
         return max(n for n in range(ALIGNMENT, most + 1, ALIGNMENT) if self.block_n % n == 0)
 
-    def shared_memory(self, *, gated: bool, out_bytes: int) -> int:
+    def copied_tokens(self, tokens: int) -> int:
+        """Return how many tokens of a tile are copied, of `tokens` [T]; the others' sums are not used."""
+        step = ALIGNMENT * (self.cluster if self.share == "tokens" else 1)
+        return min(self.token_tile, -(-tokens // step) * step)
+
+    def token_rows(self, tokens: int) -> int:
+        """Return the rows of shared memory for all stages' tokens, of `tokens` [T].
+
+        They lie one behind another: a product that takes more than are copied reads the next stages' in their place.
+        """
+        return (self.stages - 1) * self.copied_tokens(tokens) + self.token_tile
+
+    def shared_memory(self, tokens: int, *, gated: bool, out_bytes: int) -> int:
         """Return the bytes of shared memory that a program needs, where results have `out_bytes` an element."""
-        stage = (self.block_n * (1 + gated) + self.token_tile) * self.block_k * 2
-        return self.stages * (stage + 16) + 2 * self.token_tile * self.piece(out_bytes) * out_bytes + 2048
+        weights = self.stages * self.block_n * (1 + gated)
+        out = 2 * self.token_tile * self.piece(out_bytes) * out_bytes
+        return (weights + self.token_rows(tokens)) * self.block_k * 2 + out + self.stages * 16 + 2048
 
 
 def default_config(tokens: int, out_features: int, in_features: int, *, gated: bool) -> MosaicConfig:
@@ -100,12 +117,13 @@ def default_config(tokens: int, out_features: int, in_features: int, *, gated: b
     parts = 1 + gated
     consumers = 1 if tokens <= (2 * WARPGROUP_ROWS if gated else WARPGROUP_ROWS) else 2
     rows = WARPGROUP_ROWS if -(-tokens // consumers) <= WARPGROUP_ROWS else 2 * WARPGROUP_ROWS
-    cluster = 1 if tokens <= WARPGROUP_ROWS else 2
-    block_k = 128 if tokens <= WARPGROUP_ROWS and in_features >= 512 else 64
+    cluster = 1 if tokens <= 2 * WARPGROUP_ROWS else 2
+    block_k = 128 if tokens <= 2 * WARPGROUP_ROWS and in_features >= 512 else 64
     most = min(MAX_COLUMNS, MAX_ACCUMULATORS * 128 // rows // parts)
     splits = [split for split in range(1, 2 if gated else 17) if split == 1 or in_features // block_k >= 2 * split]
     shapes = itertools.product(range(ALIGNMENT, most + 1, ALIGNMENT), splits)
     tiles_t = -(-tokens // (consumers * rows))
+    asked = 1 if tokens <= WARPGROUP_ROWS else 2  # neighbours ask for the same tokens at about the same time
 
     def cost(shape: tuple[int, int]) -> float:
         """Microseconds, by what memory and the second-level cache can deliver to a multiprocessor at a time."""
@@ -115,7 +133,7 @@ def default_config(tokens: int, out_features: int, in_features: int, *, gated: b
         steps = -(-in_features // block_k // split_k)
         depth = steps * block_k * 2 * waves
         from_memory = parts * block_n * depth / 23.5e3
-        from_cache = (parts * block_n + min(tokens, consumers * rows) / cluster) * depth / 50e3
+        from_cache = (parts * block_n + min(tokens, consumers * rows) / asked) * depth / 50e3
         first_tile = parts * block_n * block_k * 2 / 23.5e3
         partial_sums = 0 if split_k == 1 else 1 + split_k * tokens * out_features * 8 / 4e6
         return max(from_memory, from_cache) + first_tile + partial_sums + 0.6 * waves
@@ -123,14 +141,22 @@ def default_config(tokens: int, out_features: int, in_features: int, *, gated: b
     block_n, split_k = min(shapes, key=cost)
     steps = -(-in_features // block_k // split_k)
     shape = {"block_n": block_n, "consumers": consumers, "rows": rows, "block_k": block_k, "split_k": split_k}
+    if gated:
+        shape["piece_bytes"] = 32  # to leave room for one more stage
     most_stages = max(2, min(12, steps))
-    return deepest(**shape, cluster=cluster, most=most_stages, gated=gated)
+    return deepest(tokens, **shape, cluster=cluster, most=most_stages, gated=gated)
 
 
-def deepest(*, most: int, gated: bool, **shape: Any) -> MosaicConfig:
+def deepest(tokens: int, *, most: int, gated: bool, **shape: Any) -> MosaicConfig:
     """Return the config of `shape` with all the stages that shared memory has room for, `most` of them at most."""
+
+    room = FEW_TOKENS_SHARED_MEMORY if tokens <= FEW_TOKENS else SHARED_MEMORY
+
+    def fits(config: MosaicConfig) -> bool:
+        return all(config.shared_memory(tokens, gated=gated, out_bytes=n) <= room for n in (2, 4))
+
     configs = [MosaicConfig(**shape, stages=stages) for stages in range(2, most + 1)]
-    fitting = [c for c in configs if max(c.shared_memory(gated=gated, out_bytes=n) for n in (2, 4)) <= SHARED_MEMORY]
+    fitting = [config for config in configs if fits(config)]
     return fitting[-1] if fitting else configs[0]
 
 

@@ -66,8 +66,7 @@ class Plan:
     @property
     def copied_tokens(self) -> int:
         """Tokens of a tile that are copied; the others' sums are not used."""
-        step = ALIGNMENT * self.ranks[1]
-        return min(self.config.token_tile, -(-self.tokens // step) * step)
+        return self.config.copied_tokens(self.tokens)
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -81,7 +80,7 @@ class Shared:
     """A program's buffers in shared memory and their barriers."""
 
     x: Any
-    """[stages, tokens, block_k]"""
+    """[rows, block_k], a stage's tokens behind those of the stage before: see `MosaicConfig.token_rows`"""
     weights: Any
     """[stages, block_n, block_k]; gate above up"""
     out: Any
@@ -195,6 +194,11 @@ def _wait_empty(shared: Shared, plan: Plan, step: Array) -> None:
     pl.when(step >= plan.config.stages)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
 
 
+def _rows(plan: Plan, slot: Array, count: int, first: Array | int = 0) -> Any:
+    """Return `count` rows of a stage's tokens from the `first` on."""
+    return pl.ds(pl.multiple_of(slot * plan.copied_tokens + first, ALIGNMENT), count)
+
+
 def _weights(kernel_gmem: Any, plan: Plan, item: Item, index: Array | int) -> list[Any]:
     """Return an item's tile of the kernel in its step `index`; gate and up apart."""
     features = pl.ds(pl.multiple_of(item.feature, ALIGNMENT), plan.config.block_n)
@@ -223,12 +227,8 @@ def _produce(
             for part, tile in enumerate(_weights(kernel_gmem, plan, item, index)):
                 target = shared.weights.at[slot, pl.ds(part * config.block_n, config.block_n)]
                 plgpu.copy_gmem_to_smem(tile, target, full, collective_axes=shared_by[0])
-            plgpu.copy_gmem_to_smem(
-                x_gmem.at[tokens, columns],
-                shared.x.at[slot, pl.ds(0, plan.copied_tokens)],
-                full,
-                collective_axes=shared_by[1],
-            )
+            rows = _rows(plan, slot, plan.copied_tokens)
+            plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns], shared.x.at[rows], full, collective_axes=shared_by[1])
 
         lax.fori_loop(0, plan.steps, load_step, None)
         if addend is not None:
@@ -255,7 +255,7 @@ def _consume(
             def step(index: Array, _: None) -> None:
                 slot = slot_of(before + index)
                 plgpu.barrier_wait(shared.full.at[slot])
-                x = shared.x.at[slot, pl.ds(first_row, config.rows)]
+                x = shared.x.at[_rows(plan, slot, config.rows, first_row)]
                 for part, acc in enumerate(sums):
                     weights = shared.weights.at[slot, pl.ds(part * columns, columns)]
                     plgpu.wgmma(acc, x, weights.transpose((1, 0)))

@@ -61,7 +61,7 @@ def default_gated_config() -> MosaicConfig:
 def shared_memory(config: MosaicConfig) -> int:
     """Return the bytes of shared memory that a program needs."""
     page = PARTS * (config.token_tile + config.block_n) * RANKS * 2
-    return config.shared_memory(gated=True, out_bytes=2) + PAGE_STAGES * page
+    return config.shared_memory(config.token_tile, gated=True, out_bytes=2) + PAGE_STAGES * page
 
 
 def window_ranks(ranks: Array, batch: LoRABatch, dtype: jnp.dtype) -> Array:
