@@ -202,7 +202,7 @@ def write_config(folder: Path, options: dict[str, Any]) -> None:
 
 def first_fair_seed(make: Any, base: str, case: Any, folder: Path) -> dict[str, Any]:
     """Run `make` with each seed until one is fair; returns the seed and the case's figures."""
-    for seed in range(100):
+    for seed in range(case.first_seed, case.first_seed + 100):
         try:
             return {"seed": seed, **make(base, case, folder, seed)}
         except UnfairCaseError as error:
