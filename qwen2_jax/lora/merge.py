@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -86,6 +87,23 @@ def merge_adapters(
         digest=_digest(adapters, weights, options),
     )
     return MergedAdapter(adapter=adapter, errors=errors)
+
+
+def merged_rank(adapters: Sequence[Adapter], options: MergeOptions) -> int:
+    """Return the largest rank that a module of the merge of `adapters` will have; 0 without any."""
+    ranks: Counter[ModuleId] = Counter()
+    limits: dict[ModuleId, int] = {}
+    for adapter in adapters:
+        for module, update in updates_of(adapter).items():
+            ranks[module] += update.rank
+            limits[module] = min(update.b.shape[0], update.a.shape[1])
+
+    def rank_of(module: ModuleId, total: int) -> int:
+        asked = options.rank or total
+        # Products side by side keep their ranks; one that is factorised anew has no more than its matrix.
+        return total if options.method == "linear" and total <= asked else min(asked, limits[module])
+
+    return max((rank_of(module, total) for module, total in ranks.items()), default=0)
 
 
 def updates_of(adapter: Adapter) -> dict[ModuleId, LowRank]:
