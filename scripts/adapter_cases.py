@@ -15,7 +15,8 @@ class AdapterCase:
 
     `converted` saves what an initialisation that changes the base weights has trained as a plain adapter. `copies`
     leaves it to PEFT whether the file holds copies of the base's embeddings; without it there are none. Seeds are tried
-    from `first_seed` on; cases with the same modules and the same seed have the same tensors.
+    from `first_seed` on; cases with the same modules and the same seed have the same tensors. With `num_labels` the
+    model is a sequence classifier.
     """
 
     name: str
@@ -25,6 +26,7 @@ class AdapterCase:
     converted: bool = False
     copies: bool = True
     first_seed: int = 0
+    num_labels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,14 @@ def case(
     bases: tuple[str, ...] = BASES,
     copies: bool = True,
     first_seed: int = 0,
+    num_labels: int | None = None,
     **options: Any,
 ) -> AdapterCase:
     """An adapter for q_proj and v_proj with r 8 and alpha 16, but for what `options` say."""
     defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     options = defaults | options
-    return AdapterCase(name=name, options=options, dtype=dtype, bases=bases, copies=copies, first_seed=first_seed)
+    kept = {"bases": bases, "copies": copies, "first_seed": first_seed, "num_labels": num_labels}
+    return AdapterCase(name=name, options=options, dtype=dtype, **kept)
 
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,6 +110,8 @@ CASES = (
     case("excluded", target_modules="all-linear", exclude_modules=["v_proj", "model.layers.0.mlp.gate_proj"]),
     case("gaussian", init_lora_weights="gaussian"),
     case("float16", dtype="float16", target_modules=SEVEN),
+    case("classifier_3", num_labels=3, task_type="SEQ_CLS"),
+    case("classifier_5", num_labels=5, task_type="SEQ_CLS", dtype="float32", target_modules=SEVEN, use_rslora=True),
     AdapterCase(
         name="pissa_converted",
         options=case("", r=4, lora_alpha=4, init_lora_weights="pissa").options,

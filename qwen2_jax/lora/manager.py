@@ -12,10 +12,13 @@ from collections.abc import Hashable
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import AdapterError, nearest
 from qwen2_jax.lora.adapter import Adapter
 from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
+from qwen2_jax.lora.keys import SCORE
 from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
 from qwen2_jax.lora.room import Room
 from qwen2_jax.lora.sizes import LoRASizes
@@ -194,6 +197,7 @@ class AdapterManager:
             needs=host.needs,
             nbytes=adapter.nbytes,
             applied=_applied(adapter),
+            score=None if adapter.score is None else adapter.score.astype(np.float32),
             host=host,
         )
 
@@ -286,5 +290,5 @@ def _applied(adapter: Adapter) -> Counter[str]:
     """Count what an adapter changes, by module."""
     found = Counter(name for _, name in adapter.linear)
     found.update(f"{name}.bias" for _, name in adapter.biases)
-    found.update(name for name in VOCAB_FIELDS if getattr(adapter, name) is not None)
+    found.update(name for name in (*VOCAB_FIELDS, SCORE) if getattr(adapter, name) is not None)
     return found

@@ -64,7 +64,8 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
     time.
 
     Raises `CheckpointError` for a base that is not a folder with safetensors or that does not fit its config, and
-    `AdapterError` where `path` is not empty, the adapter does not fit, or a value is beyond the base's dtype.
+    `AdapterError` where `path` is not empty, the adapter does not fit or has a classification head, or a value is
+    beyond the base's dtype.
     """
     checkpoint = open_checkpoint(base)
     if checkpoint.format != "safetensors":
@@ -73,6 +74,11 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
             "safetensors"
         )
     config = ModelConfig.from_hf(checkpoint.config)
+    if adapter.score is not None:
+        raise AdapterError(
+            f"the adapter has a classification head (score), for which a {config.architecture} has no place; serve the "
+            "adapter beside its base"
+        )
     unties = _unties(adapter, config)
     tensors = _tensors(checkpoint, adapter, config, unties=unties)
     with new_folder(path) as folder:

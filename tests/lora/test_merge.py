@@ -186,6 +186,10 @@ def with_rows() -> Adapter:
         (with_rows, "adapter 2 of 2 has embed_token_rows, which replaces what the base has"),
         (lambda: make_adapter(3, {}, full_lm_head=np.zeros((384, 64))), "adapter 2 of 2 has full_lm_head"),
         (
+            lambda: make_adapter(3, {Q: 2}, score=np.zeros((2, 64))),
+            r"adapter 2 of 2 has a classification head \(score\), of which a merge has none",
+        ),
+        (
             lambda: make_adapter(3, {}, linear={Q: low_rank(np.random.default_rng(0), "k_proj", 2)}),
             r"the adapters' q_proj of layer 0 have sizes \[32, 64\] and \[64, 64\]; merge adapters for one base",
         ),
