@@ -1,4 +1,4 @@
-"""The command line: `qwen2-jax generate | chat | embed | classify | convert | merge`, which imports its work late.
+"""The command line: `qwen2-jax generate | chat | embed | classify | convert | merge`; imports come late.
 
 Answers go to standard output; progress, speed and errors to standard error, where a mistake is one line (exit code 2).
 """

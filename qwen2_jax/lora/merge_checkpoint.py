@@ -58,7 +58,7 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
     """Write the checkpoint in the folder `base` with `adapter` in its weights to the new folder `path`; return that.
 
     The result is a Hugging Face folder with the base's config, tokenizer and dtypes, in shards of at most 5 GB. All
-    that an adapter can hold is merged, also magnitudes (DoRA), replaced biases, full copies and token rows: computed in
+    that an adapter changes is merged, also magnitudes (DoRA), replaced biases, full copies and token rows: computed in
     float32 and rounded once. Where the base ties the head to the embedding and the adapter changes them differently,
     the result has a head of its own, and `tie_word_embeddings` false. The host holds one tensor and its update at a
     time.
