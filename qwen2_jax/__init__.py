@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         Qwen2RMSNorm,
     )
     from qwen2_jax.types import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
         CompletionOutput,
         EmbeddingOutput,
         EmbeddingRequestOutput,
@@ -45,6 +47,8 @@ __all__ = [
     "AdapterError",
     "CapacityError",
     "CheckpointError",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
     "ConfigError",
     "EmbeddingOutput",
@@ -89,6 +93,8 @@ _EXPORTS = {
         "Qwen2RMSNorm",
     ),
     "qwen2_jax.types": (
+        "ClassificationOutput",
+        "ClassificationRequestOutput",
         "CompletionOutput",
         "EmbeddingOutput",
         "EmbeddingRequestOutput",

@@ -1,4 +1,4 @@
-"""The command line: `qwen2-jax generate | chat | embed | convert | merge`. It imports what does the work late.
+"""The command line: `qwen2-jax generate | chat | embed | classify | convert | merge`; imports come late.
 
 Answers go to standard output; progress, speed and errors to standard error, where a mistake is one line (exit code 2).
 """
@@ -156,6 +156,15 @@ def _embed(args: Namespace) -> None:
             print(json.dumps({"text": text, "embedding": output.outputs.embedding}, ensure_ascii=False))
 
 
+def _classify(args: Namespace) -> None:
+    model, texts = _split_model(args)
+    texts = texts or _read_stdin("text").splitlines()
+    with _engine(model, args) as llm:
+        for text, output in zip(texts, llm.classify(texts, lora_request=_lora(args)), strict=True):
+            found = {"text": text, "logits": output.outputs.logits, "probs": output.outputs.probs}
+            print(json.dumps(found, ensure_ascii=False))
+
+
 def _convert(args: Namespace) -> None:
     if len(args.inputs) != 2:
         raise ConfigError(f"convert takes SOURCE and DESTINATION, not {len(args.inputs)} arguments")
@@ -240,6 +249,7 @@ _RUN: Mapping[str, Callable[[Namespace], None]] = {
     "generate": _generate,
     "chat": _chat,
     "embed": _embed,
+    "classify": _classify,
     "convert": _convert,
     "merge": _merge,
 }

@@ -139,6 +139,13 @@ COMMANDS: Mapping[str, Command] = {
         own_options=_MODEL,
         shared_options=_ENGINE,
     ),
+    "classify": Command(
+        usage="MODEL --lora ADAPTER [TEXT ...]",
+        help="print what an adapter's classification head says of texts, a JSON object a line; "
+        "without any, each line of standard input is a text",
+        own_options=_MODEL,
+        shared_options=_ENGINE,
+    ),
     "convert": Command(
         usage="SOURCE DESTINATION",
         help="write a model as an Orbax checkpoint with its config and tokenizer",

@@ -22,6 +22,7 @@ from qwen2_jax.models.hub import resolve
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import (
     AdapterRequest,
+    ClassificationRequestOutput,
     EmbeddingRequestOutput,
     RequestOutput,
     RequestOutputKind,
@@ -32,7 +33,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A model, loaded and compiled, that generates, chats, streams and embeds.
+    """A model, loaded and compiled, that generates, chats, streams, embeds and classifies.
 
     Args:
         model: a local folder (safetensors or Orbax), a GGUF file, a hub id, or `"smollm2"`, the embedded demo model.
@@ -195,6 +196,22 @@ class LLM:
             if (normalize or (normalize is None and self._normalize))
             else outputs
         )
+
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, lora_request: LoRARequests = None
+    ) -> list[ClassificationRequestOutput]:
+        """Return the logits of each prompt's last token by the classification head of its adapter (`lora_request`).
+
+        Raises `RequestError` and `AdapterError` as `generate` does, also for a prompt without an adapter and for an
+        adapter without a head: a language model has none of its own.
+        """
+        prompts = as_list(prompts)
+        inputs, adapters = self._engine.engine.inputs, self._adapters.find(lora_request, len(prompts))
+        sources = [
+            inputs.classification(self._engine.new_request_id(), prompt, adapter=adapter)
+            for prompt, adapter in zip(prompts, adapters, strict=True)
+        ]
+        return [output for output in self._run(sources, use_tqdm) if isinstance(output, ClassificationRequestOutput)]
 
     def load_lora(self, lora_request: AdapterRequest, *, pin: bool = False) -> LoadedLoRA:
         """Bring an adapter to the device ahead of its first request; with `pin` it stays there until it is unloaded.

@@ -187,3 +187,31 @@ class EmbeddingRequestOutput:
     outputs: EmbeddingOutput
     prompt_token_ids: Sequence[int]
     finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOutput:
+    """What a classification head says of a text: a number for each of its labels, which are known by their index."""
+
+    logits: list[float]
+    """The head times the last token's final hidden state; the value itself where there is one label."""
+    probs: list[float]
+    """The softmax of the logits."""
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels that the head has."""
+        return len(self.logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRequestOutput:
+    """What a classification request has produced."""
+
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: Sequence[int]
+    finished: bool
+    lora_request: AdapterRequest | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache already had."""

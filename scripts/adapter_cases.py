@@ -14,7 +14,9 @@ class AdapterCase:
     """An adapter on each of `bases`. `options` go to LoraConfig, the file holds `dtype`, float32 is computed with.
 
     `converted` saves what an initialisation that changes the base weights has trained as a plain adapter. `copies`
-    leaves it to PEFT whether the file holds copies of the base's embeddings; without it there are none.
+    leaves it to PEFT whether the file holds copies of the base's embeddings; without it there are none. Seeds are tried
+    from `first_seed` on; cases with the same modules and the same seed have the same tensors. With `num_labels` the
+    model is a sequence classifier.
     """
 
     name: str
@@ -23,6 +25,8 @@ class AdapterCase:
     bases: tuple[str, ...] = BASES
     converted: bool = False
     copies: bool = True
+    first_seed: int = 0
+    num_labels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,24 @@ class MergeCase:
     combination_type: str
     adapters: tuple[str, ...] = ("qv", "rslora")
     weights: list[float] = field(default_factory=lambda: [0.7, 0.5])
+    first_seed: int = 0
 
 
 def case(
-    name: str, *, dtype: str = "bfloat16", bases: tuple[str, ...] = BASES, copies: bool = True, **options: Any
+    name: str,
+    *,
+    dtype: str = "bfloat16",
+    bases: tuple[str, ...] = BASES,
+    copies: bool = True,
+    first_seed: int = 0,
+    num_labels: int | None = None,
+    **options: Any,
 ) -> AdapterCase:
     """An adapter for q_proj and v_proj with r 8 and alpha 16, but for what `options` say."""
     defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    return AdapterCase(name=name, options=defaults | options, dtype=dtype, bases=bases, copies=copies)
+    options = defaults | options
+    kept = {"bases": bases, "copies": copies, "first_seed": first_seed, "num_labels": num_labels}
+    return AdapterCase(name=name, options=options, dtype=dtype, **kept)
 
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,7 +75,8 @@ CASES = (
     case("rank_1", r=1, lora_alpha=2, target_modules=SEVEN),
     case("rank_40", r=40, target_modules=SEVEN),
     case("patterns", target_modules=SEVEN, **RANKS),
-    case("rslora", use_rslora=True, dtype="float32"),
+    # Seeds of its own: the merges add it to `qv`, whose modules it has.
+    case("rslora", use_rslora=True, dtype="float32", first_seed=100),
     case("rslora_patterns", use_rslora=True, target_modules=SEVEN, **RANKS),
     case("dora", use_dora=True, target_modules=SEVEN),
     case("dora_patterns", use_dora=True, target_modules=SEVEN, dtype="float32", **RANKS),
@@ -95,6 +110,8 @@ CASES = (
     case("excluded", target_modules="all-linear", exclude_modules=["v_proj", "model.layers.0.mlp.gate_proj"]),
     case("gaussian", init_lora_weights="gaussian"),
     case("float16", dtype="float16", target_modules=SEVEN),
+    case("classifier_3", num_labels=3, task_type="SEQ_CLS"),
+    case("classifier_5", num_labels=5, task_type="SEQ_CLS", dtype="float32", target_modules=SEVEN, use_rslora=True),
     AdapterCase(
         name="pissa_converted",
         options=case("", r=4, lora_alpha=4, init_lora_weights="pissa").options,

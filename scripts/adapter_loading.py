@@ -10,7 +10,8 @@ Weights are random; each adapter (rank 16, all seven projections) has files of i
   disk: `in_page_cache` is the share that the system kept there in spite of being told to let go (a tmpfs keeps all).
 - decode: the time of a step of `--rows` rows with 8 adapters, alone and while other adapters come one after another:
   from their files, each forgotten after it came, or from host memory, the least recently used leaving the device; some
-  a second, and as fast as they go.
+  a second, and as fast as they go. `--max-loras` adapters take turns for the places that the 8 leave, and all of them
+  fit in host memory; where none has to come, the script ends with an error.
 """
 
 import argparse
@@ -157,22 +158,46 @@ def measure_decode(
     source: str,
     rate: float | None,
 ) -> dict[str, Any]:
-    """Time steps while `others` come from `source`: "none", "files" or "host memory"."""
-    if source != "none":
+    """Time steps while `others` come from `source`: "none", "files" or "host memory".
+
+    Raises:
+        RuntimeError: none would come from host memory, or none came.
+    """
+    if source == "files":
         known = {adapter.name for adapter in llm.list_loras()}
+        for name in known & {request.lora_name for request in others}:
+            llm.unload_lora(name)
+    elif source == "host memory":
         for request in others:
-            if source == "host memory":
-                llm.load_lora(request)
-            elif request.lora_name in known:
-                llm.unload_lora(request.lora_name)
+            llm.load_lora(request)
+        check_stream(llm, len(running) + len(others))
     others_come = Stream(llm, others, rate=rate, from_files=source == "files") if source != "none" else nullcontext()
     before, start = llm.lora_stats().num_loads, time.perf_counter()
     with others_come:
         steps = time_steps(llm, running, rows, new_tokens)
         loads, seconds = llm.lora_stats().num_loads - before, time.perf_counter() - start
+    if source != "none" and not loads:
+        raise RuntimeError(
+            f"no adapter came from {source} within the {seconds:.1f} s of {new_tokens} tokens; use more --new-tokens"
+        )
     row: dict[str, Any] = {"kind": "decode", "source": source, "rate": rate, "rows": rows, "steps": len(steps)}
     row |= {"loads_per_s": round(loads / seconds, 2)}
     return row | {"step_ms": milliseconds(np.median(steps)), "step_p95_ms": milliseconds(np.percentile(steps, 95))}
+
+
+def check_stream(llm: LLM, count: int) -> None:
+    """Raise `RuntimeError` unless `count` adapters are in host memory, more than there are on the device."""
+    stats = llm.lora_stats()
+    if stats.num_on_host < count:
+        raise RuntimeError(
+            f"{stats.num_on_host} of {count} adapters are in host memory, so that the others come from their files; "
+            f"start the engine with max_cpu_loras={count}"
+        )
+    if stats.num_resident >= count:
+        raise RuntimeError(
+            f"all {count} adapters are on the device, so that none comes from host memory; start the engine with "
+            f"max_loras={count - 1} or less"
+        )
 
 
 def milliseconds(seconds: Any) -> float:
@@ -217,7 +242,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="rows that decode")
     parser.add_argument("--new-tokens", type=int, default=1024, help="of each row")
     parser.add_argument("--adapters", type=int, default=8, help="new adapters of each measurement of a first token")
-    parser.add_argument("--max-loras", type=int, default=32)
+    parser.add_argument("--max-loras", type=int, default=32, help="adapters that fit on the device: 81 MB each for 7B")
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to be measured; None: the system's own")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -225,7 +250,8 @@ def main() -> None:
         parser.error(f"--max-loras {arguments.max_loras}: use {max(RUNNING, 2 * arguments.adapters) + 2} or more")
     workload = load_workload(arguments.workload)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        requests = write_adapters(Path(folder), workload, arguments.geometry, RUNNING + arguments.max_loras)
+        count = RUNNING + arguments.max_loras
+        requests = write_adapters(Path(folder), workload, arguments.geometry, count)
         size = sum(path.stat().st_size for path in Path(requests[0].lora_path).iterdir())
         llm = start_engine(
             workload,
@@ -234,7 +260,7 @@ def main() -> None:
             max_model_len=2048,
             max_num_seqs=arguments.rows,
             max_loras=arguments.max_loras,
-            max_cpu_loras=RUNNING + arguments.max_loras,
+            max_cpu_loras=count,
         )
         rows = measure(llm, requests, arguments)
         llm.shutdown()

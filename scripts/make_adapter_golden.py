@@ -34,7 +34,7 @@ NEW_TOKENS = 24
 MIN_EFFECT = 0.05
 KEPT = ("prompt_token_ids", "prompt_logprobs", "output_token_ids", "output_logprobs", "output_gaps")
 # Standard deviations of what training would have changed, by the end of the parameter's name.
-NOISE = {"lora_A": 0.08, "lora_B": 0.08, "lora_embedding_A": 0.08, "lora_embedding_B": 0.08, "bias": 0.3}
+NOISE = {"lora_A": 0.08, "lora_B": 0.08, "lora_embedding_A": 0.08, "lora_embedding_B": 0.08, "bias": 0.3, "score": 0.3}
 
 
 def make_prompts(vocab_size: int, seed: int) -> list[list[int]]:
@@ -79,11 +79,18 @@ def save(model: Any, folder: Path, dtype: torch.dtype, **options: Any) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
+def load_base(base: str, case: AdapterCase) -> Any:
+    """The model that the case's adapter is for; a classifier's head is random."""
+    if case.num_labels is None:
+        return load(Path(base))
+    return load(Path(base), transformers.Qwen2ForSequenceClassification, num_labels=case.num_labels)
+
+
 def train(base: str, case: AdapterCase, folder: Path, seed: int) -> Any:
     """Write the adapter's folder as after a training; returns the model that was saved."""
     torch.manual_seed(seed)
     dtype = getattr(torch, case.dtype)
-    model = get_peft_model(load(Path(base)), LoraConfig(**case.options))
+    model = get_peft_model(load_base(base, case), LoraConfig(**case.options))
     if not case.converted:
         perturb(model, seed, dtype)
         save(model, folder, dtype, save_embedding_layers="auto" if case.copies else False)
@@ -156,17 +163,38 @@ def expected(model: Any, base_model: Any, seed: int) -> tuple[Arrays, dict[str, 
     return arrays | before, facts
 
 
+def expected_logits(model: Any, base_model: Any, seed: int) -> tuple[Arrays, dict[str, float]]:
+    """What `expected` gives, of a classifier; `effect` is what the adapter changes beside its head."""
+    arrays: Arrays = {}
+    facts = {"effect": float("inf"), "float32_rounding": 0.0}
+    prompts = make_prompts(base_model.config.vocab_size, seed)
+    head = model.get_base_model().score.modules_to_save["default"].weight
+    for index, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        logits = model.float()(ids).logits[0]
+        arrays |= {f"prompt_token_ids_{index}": np.array(prompt), f"logits_{index}": logits.numpy()}
+        of_base = head @ base_model.model(ids).last_hidden_state[0, -1]
+        facts["effect"] = min(facts["effect"], float((logits - of_base).abs().max()))
+        difference = float((model.double()(ids).logits[0] - logits).abs().max())
+        facts["float32_rounding"] = max(facts["float32_rounding"], difference)
+        model.float()
+    if facts["effect"] < MIN_EFFECT or facts["float32_rounding"] >= MAX_ROUNDING:
+        raise UnfairCaseError(str(facts))
+    return arrays, facts
+
+
 def make_case(base: str, case: AdapterCase, folder: Path, seed: int) -> dict[str, float]:
-    """One adapter's folder, read back by PEFT on a fresh base, and its golden.npz."""
+    """One adapter's folder, read back by PEFT on a fresh base, and its golden.npz, or logits.npz of a classifier."""
     shutil.rmtree(folder, ignore_errors=True)
     trained = train(base, case, folder, seed)
     base_model = load(Path(base))
-    model = PeftModel.from_pretrained(load(Path(base)), folder).eval()
-    arrays, facts = expected(model, base_model, seed)
+    model = PeftModel.from_pretrained(load_base(base, case), folder).eval()
+    arrays, facts = (expected if case.num_labels is None else expected_logits)(model, base_model, seed)
     if not case.converted:
         prompt = make_prompts(base_model.config.vocab_size, seed)[1]
         torch.testing.assert_close(log_probabilities(trained.float().eval(), prompt), log_probabilities(model, prompt))
-    np.savez_compressed(folder / "golden.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    file = "golden.npz" if case.num_labels is None else "logits.npz"
+    np.savez_compressed(folder / file, **arrays)  # pyright: ignore[reportArgumentType]
     return facts
 
 
@@ -202,7 +230,7 @@ def write_config(folder: Path, options: dict[str, Any]) -> None:
 
 def first_fair_seed(make: Any, base: str, case: Any, folder: Path) -> dict[str, Any]:
     """Run `make` with each seed until one is fair; returns the seed and the case's figures."""
-    for seed in range(100):
+    for seed in range(case.first_seed, case.first_seed + 100):
         try:
             return {"seed": seed, **make(base, case, folder, seed)}
         except UnfairCaseError as error:

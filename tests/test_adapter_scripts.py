@@ -32,8 +32,8 @@ STEP, RESIDENT, COPY, READ = 0.002, 0.002, 0.01, 0.02
 class FakeEngine:
     """Answers after a set time, longer for an adapter that is not on the device or not known; has room for `room`."""
 
-    def __init__(self, room: int = 10) -> None:
-        self.room = room
+    def __init__(self, room: int = 10, room_on_host: int = 100) -> None:
+        self.room, self.room_on_host = room, room_on_host
         self.known: set[str] = set()
         self.resident: list[str] = []
         self.pinned: set[str] = set()
@@ -42,6 +42,7 @@ class FakeEngine:
 
     def lora_stats(self) -> Any:
         counts = {"num_loads": self.num_loads, "num_evictions": self.num_evictions}
+        counts |= {"num_on_host": min(len(self.known), self.room_on_host), "num_resident": len(self.resident)}
         return SimpleNamespace(wait_seconds=self.waited, **counts)
 
     def list_loras(self) -> list[Any]:
@@ -127,6 +128,32 @@ def test_all_of_loading_is_measured(requests: list[LoRARequest], monkeypatch: py
     assert engine.num_evictions > 0
     alone = (decode[0]["step_ms"] + decode[-1]["step_ms"]) / 2
     assert decode[2]["step_ratio"] == pytest.approx(decode[2]["step_ms"] / alone, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rooms", "message"),
+    [
+        ((14, 100), r"all 14 adapters are on the device, .* start the engine with max_loras=13 or less"),
+        ((10, 12), r"12 of 14 adapters are in host memory, .* start the engine with max_cpu_loras=14"),
+    ],
+)
+def test_a_measurement_in_which_nothing_streams_fails(
+    rooms: tuple[int, int], message: str, requests: list[LoRARequest]
+) -> None:
+    engine: Any = FakeEngine(*rooms)
+    for request in requests[:8]:
+        engine.load_lora(request, pin=True)
+    with pytest.raises(RuntimeError, match=message):
+        adapter_loading.measure_decode(engine, requests[:8], requests[8:], 9, 60, "host memory", None)
+
+
+def test_a_measurement_that_ends_before_an_adapter_comes_fails(
+    requests: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_loading, "time_steps", lambda *arguments: [STEP])
+    engine: Any = FakeEngine()
+    with pytest.raises(RuntimeError, match=r"no adapter came from files within .* of 60 tokens; use more --new-tokens"):
+        adapter_loading.measure_decode(engine, requests[:8], requests[8:], 9, 60, "files", None)
 
 
 def test_the_page_cache_is_dropped_where_files_are_on_a_disk(tmp_path: Path) -> None:

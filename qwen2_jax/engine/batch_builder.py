@@ -4,6 +4,8 @@ It keeps, on the host, one row per running request with what does not change fro
 is a handful of numpy gathers.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from qwen2_jax.config import ResolvedConfig
@@ -72,8 +74,9 @@ class BatchBuilder:
         self._sampling["has_logit_bias"][row] = present
 
     def is_greedy(self, output: SchedulerOutput) -> bool:
-        """Return whether each row wants its likeliest token by its raw logits, and no log-probabilities."""
-        of = {name: values[_row_indices(output)] for name, values in self._sampling.items()}
+        """Return whether each row that samples wants its likeliest token by its raw logits, no log-probabilities."""
+        rows = _row_indices([row for row in output.rows if row.samples])
+        of = {name: values[rows] for name, values in self._sampling.items()}
         unchanged = not any(of[name].any() for name in _CHANGE_LOGITS) and (of["repetition_penalty"] == 1).all()
         return bool(unchanged and (of["num_logprobs"] < 0).all())
 
@@ -120,8 +123,14 @@ class BatchBuilder:
         self._fill_sampling(views, output)
         if lora is not None:
             fill_vocab(views, [row.request.adapter for row in output.rows], [1] * len(output.rows), lora)
-        views["lm_head_indices"][: len(output.rows)] = np.cumsum([row.num_tokens for row in output.rows]) - 1
+        views["lm_head_indices"][: len(output.rows)] = _last_tokens(output)
         return bucket, packed
+
+    def last_hidden(self, output: SchedulerOutput) -> np.ndarray:
+        """Return each row's last token on T, as many as there are rows at most."""
+        packed = np.zeros(self._config.max_num_seqs, np.int32)
+        packed[: len(output.rows)] = _last_tokens(output)
+        return packed
 
     def prompt_logprobs(self, output: SchedulerOutput, size: int) -> list[np.ndarray]:
         """Return packed inputs for each chunk of `size` of the step's tokens, as far as rows ask for a report.
@@ -176,12 +185,12 @@ class BatchBuilder:
             assert row.request.row_index is not None
             self._extend_table(row.request, row.request.row_index)
         views["row_indices"][:] = self._config.max_num_seqs
-        views["row_indices"][: len(output.rows)] = _row_indices(output)
+        views["row_indices"][: len(output.rows)] = _row_indices(output.rows)
         views["block_tables"][:] = self._tables[views["row_indices"]]
 
     def _fill_sampling(self, views: dict[str, np.ndarray], output: SchedulerOutput) -> None:
         views["row_indices"][:] = self._config.max_num_seqs
-        views["row_indices"][: len(output.rows)] = _row_indices(output)
+        views["row_indices"][: len(output.rows)] = _row_indices(output.rows)
         views["sample_positions"][:] = NOWHERE
         views["last_positions"][:] = -1
         for index, row in enumerate(output.rows):
@@ -207,8 +216,12 @@ def _wants_report(row: ScheduledRow) -> bool:
     return params is not None and params.prompt_logprobs is not None and row.start < row.request.num_prompt_tokens - 1
 
 
-def _row_indices(output: SchedulerOutput) -> np.ndarray:
-    return np.asarray([row.request.row_index for row in output.rows], np.int32)
+def _row_indices(rows: Sequence[ScheduledRow]) -> np.ndarray:
+    return np.asarray([row.request.row_index for row in rows], np.int32)
+
+
+def _last_tokens(output: SchedulerOutput) -> np.ndarray:
+    return np.cumsum([row.num_tokens for row in output.rows]) - 1
 
 
 def _known_token(request: Request, position: int) -> int:

@@ -62,7 +62,7 @@ class BlockManager:
             blocks = leader.block_ids[: (request.num_prompt_tokens - 1) // self._block_size]
             if leader.num_computed_tokens >= request.num_prompt_tokens and NULL_BLOCK not in blocks:
                 return blocks
-        if not self._enable_prefix_caching or not request.reads_prefix_cache:
+        if not self._enable_prefix_caching or not request.use_prefix_cache:
             return []
         num_full = (request.num_tokens - 1) // self._block_size
         self._extend_keys(request, num_full)
@@ -86,7 +86,7 @@ class BlockManager:
         request.num_computed_tokens = request.num_confirmed_tokens = num_shared
         if request.num_preemptions == 0:
             request.num_cached_tokens = num_shared
-        if self._enable_prefix_caching and request.reads_prefix_cache:
+        if self._enable_prefix_caching and request.use_prefix_cache:
             self.prefix_cache.record(queries=request.num_tokens, hits=num_shared)
         return self.grow([request], [num_tokens])
 

@@ -16,11 +16,11 @@ from qwen2_jax.engine.step_results import Launched, RowResult
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.manager import AdapterManager
 from qwen2_jax.text.tokenizer import Tokenizer
-from qwen2_jax.types import EmbeddingRequestOutput, RequestOutput
+from qwen2_jax.types import ClassificationRequestOutput, EmbeddingRequestOutput, RequestOutput
 
 logger = logging.getLogger(__name__)
 
-Output = RequestOutput | EmbeddingRequestOutput
+Output = RequestOutput | EmbeddingRequestOutput | ClassificationRequestOutput
 
 RUN_AHEAD = 1
 """Calls that are launched before the oldest one's results are read."""
@@ -121,8 +121,8 @@ class Engine:
 
     def _take(self, request: Request, result: RowResult) -> GroupOutput:
         group, index = self._group_of[request]
-        if result.embedding is not None:
-            group.embedding = np.asarray(result.embedding, np.float32).tolist()
+        if result.pooled is not None:
+            group.pooled = np.asarray(result.pooled, np.float32)
         else:
             if group.metrics.first_token_time is None and request.output_token_ids:
                 group.metrics.first_token_time = time.monotonic()

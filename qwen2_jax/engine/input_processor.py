@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qwen2_jax.config import ModelConfig, ResolvedConfig
 from qwen2_jax.engine.logit_bias import LogitBias, ThinkingTokens
 from qwen2_jax.engine.request import Request
-from qwen2_jax.errors import RequestError, nearest
+from qwen2_jax.errors import AdapterError, RequestError, nearest
 from qwen2_jax.lora.entry import AdapterEntry
 from qwen2_jax.request_checks import check_instance, check_list
 from qwen2_jax.text.tokenizer import Tokenizer
@@ -31,7 +33,9 @@ class ProcessedInput:
     prompt: str | None
     sequences: tuple[Request, ...]
     params: SamplingParams | None
-    """None for an embedding."""
+    """None for an embedding and a classification."""
+    score: np.ndarray | None = None
+    """The head of a classification, [num_labels, D] in float32."""
 
 
 class InputProcessor:
@@ -77,6 +81,41 @@ class InputProcessor:
         if not self._model.is_embedding_model:
             raise RequestError(f"{self._model.architecture} generates text; use LLM(..., runner='pooling') to embed")
         check_instance("priority", priority, int, "an integer")
+        return self._pooling(request_id, prompt, priority, adapter, use_prefix_cache=False)
+
+    def classification(
+        self, request_id: str, prompt: Prompt, *, priority: int = 0, adapter: AdapterEntry | None = None
+    ) -> ProcessedInput:
+        """Return a classification request; `adapter` has the head.
+
+        Raises `RequestError` for a prompt that cannot be served or has no adapter, `AdapterError` where it has no head.
+        """
+        model, needs = self._model.architecture, "modules_to_save=['score'], task_type='SEQ_CLS'"
+        if self._model.is_embedding_model:
+            raise RequestError(f"{model} gives embeddings; classify with a language model and adapters ({needs})")
+        if adapter is None:
+            raise RequestError(
+                f"a prompt without an adapter cannot be classified: {model} is a causal language model with no "
+                f"classification head; pass the LoRARequest of an adapter that has one ({needs})"
+            )
+        if adapter.score is None:
+            raise AdapterError(
+                f"adapter {adapter.request.lora_name!r} has no classification head, and neither has {model}, a causal "
+                f"language model; use an adapter that has one ({needs})"
+            )
+        check_instance("priority", priority, int, "an integer")
+        return self._pooling(request_id, prompt, priority, adapter, use_prefix_cache=True, score=adapter.score)
+
+    def _pooling(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        priority: int,
+        adapter: AdapterEntry | None,
+        *,
+        use_prefix_cache: bool,
+        score: np.ndarray | None = None,
+    ) -> ProcessedInput:
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids, self._config.max_model_len)
         request = Request(
@@ -88,10 +127,10 @@ class InputProcessor:
             arrival=next(self._arrivals),
             adapter=adapter,
             cache_salt=None if adapter is None else adapter.digest,
-            use_prefix_cache=False,
+            use_prefix_cache=use_prefix_cache,
             whole_prompt=not self._model.is_causal,
         )
-        return ProcessedInput(request_id=request_id, prompt=text, sequences=(request,), params=None)
+        return ProcessedInput(request_id=request_id, prompt=text, sequences=(request,), params=None, score=score)
 
     def _sequence(
         self,

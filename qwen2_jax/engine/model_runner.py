@@ -143,12 +143,16 @@ class ModelRunner:
             self._state, samples = self._run_head(name, bucket, output, packed)
         chunks = self._builder.prompt_logprobs(output, PROMPT_LOGPROBS_CHUNK)
         reports = [self._run_head("prompt_logprobs", 0, output, chunk) for chunk in chunks]
-        return Launched(output, samples, prompt_logprobs=reports)
+        pooled = None
+        if any(row.completes_pooling for row in output.rows):
+            tokens = self._to_device(self._builder.last_hidden(output))
+            pooled = self._compiled["last_hidden", 0](self._state, tokens)
+        return Launched(output, samples, prompt_logprobs=reports, pooled=pooled)
 
     def _embed(self, output: SchedulerOutput) -> Launched:
         bucket, packed = self._builder.prefill(output)
         self._kv_cache, self._state, embeddings = self._run_step("embed", bucket, output, packed)
-        return Launched(output, embeddings=embeddings)
+        return Launched(output, pooled=embeddings)
 
     def _run_step(self, name: str, bucket: int, output: SchedulerOutput, packed: np.ndarray) -> Any:
         """Run a step's program, the one with the adapters' banks where a row has an adapter."""

@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from qwen2_jax.engine.input_processor import ProcessedInput
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.step_results import RowResult
@@ -10,6 +12,8 @@ from qwen2_jax.text.detokenizer import IncrementalDetokenizer
 from qwen2_jax.text.stop import StopChecker
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -115,7 +119,8 @@ class GroupOutput:
     metrics: RequestMetrics
     sequences: list[SequenceOutput] = field(default_factory=list)
     prompt_logprobs: list[LogprobsOnePosition | None] = field(default_factory=lambda: [None])
-    embedding: list[float] | None = None
+    pooled: np.ndarray | None = None
+    """An embedding [E], or the hidden state [D] that is classified; float32."""
     sent_prompt_logprobs: bool = False
 
     @classmethod
@@ -143,19 +148,14 @@ class GroupOutput:
         for position in positions[max(known - start, 0) :]:
             self.prompt_logprobs.append(_with_text(position, self.tokenizer))
 
-    def render(self) -> RequestOutput | EmbeddingRequestOutput | None:
+    def render(self) -> RequestOutput | EmbeddingRequestOutput | ClassificationRequestOutput | None:
         """Return what the caller is to see now; None where it wants only the end and that has not come."""
         source, params = self.source, self.source.params
         request, finished = source.sequences[0], self.is_finished
         if finished:
             self.metrics.finished_time = time.monotonic()
         if params is None:
-            return EmbeddingRequestOutput(
-                request_id=source.request_id,
-                outputs=EmbeddingOutput(embedding=self.embedding or []),
-                prompt_token_ids=request.prompt_token_ids,
-                finished=finished,
-            )
+            return self._render_pooled(finished)
         if params.output_kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         delta = params.output_kind is RequestOutputKind.DELTA
@@ -172,6 +172,31 @@ class GroupOutput:
             num_cached_tokens=request.num_cached_tokens,
             metrics=replace(self.metrics),
         )
+
+    def _render_pooled(self, finished: bool) -> EmbeddingRequestOutput | ClassificationRequestOutput:
+        source, pooled, request = self.source, self.pooled, self.source.sequences[0]
+        if source.score is None:
+            return EmbeddingRequestOutput(
+                request_id=source.request_id,
+                outputs=EmbeddingOutput(embedding=[] if pooled is None else pooled.tolist()),
+                prompt_token_ids=request.prompt_token_ids,
+                finished=finished,
+            )
+        return ClassificationRequestOutput(
+            request_id=source.request_id,
+            lora_request=None if request.adapter is None else request.adapter.request,
+            outputs=ClassificationOutput(logits=[], probs=[]) if pooled is None else _classified(source.score, pooled),
+            prompt_token_ids=request.prompt_token_ids,
+            finished=finished,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+
+def _classified(score: np.ndarray, hidden: np.ndarray) -> ClassificationOutput:
+    """Apply a head [num_labels, D] to a final hidden state [D], both float32."""
+    logits = score @ hidden
+    exponentials = np.exp(logits - logits.max())
+    return ClassificationOutput(logits=logits.tolist(), probs=(exponentials / exponentials.sum()).tolist())
 
 
 def _as_asked(positions: list, params: SamplingParams) -> Logprobs:

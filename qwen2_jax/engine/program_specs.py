@@ -115,6 +115,13 @@ class ProgramTable:
             specs |= self._heads(
                 "sample_greedy" if greedy else "sample", rows, rows, function, sample_layout, donated=(1,)
             )
+        if self.lora is not None:  # which classification heads come with
+            specs["last_hidden", 0] = ProgramSpec(
+                function=programs.last_hidden,
+                arguments=(state, self._vector(self.config.max_num_seqs)),
+                donated=(),
+                out_shardings=self.replicated,
+            )
         for name in ROW_STATE:
             specs[f"set_{name}", 0] = ProgramSpec(
                 function=partial(programs.set_row, name=name),

@@ -218,6 +218,10 @@ class Programs:
         logits = model.compute_logits(hidden, _vocab_adapters(inputs, banks, lora))
         return logprobs_of(logits, targets, none, self.max_logprobs)
 
+    def last_hidden(self, state: State, packed: Int[Array, " R"]) -> Float[Array, "R D"]:
+        """Return the last prefill step's final hidden states of the tokens `packed`, for classification heads."""
+        return state["hidden"][packed]
+
     def set_row(self, state: State, packed: Int[Array, " W"], *, name: str) -> State:
         """Set row `packed[0]` of the state array `name` to the rest of `packed` (float32 as its bits)."""
         array = state[name]

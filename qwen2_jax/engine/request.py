@@ -28,7 +28,9 @@ class RequestStatus(enum.Enum):
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Request:
-    """A sequence to generate (`sampling_params` given) or to embed (None). Only the scheduler changes its state.
+    """A sequence to generate (`sampling_params` given) or to embed or classify (None).
+
+    Only the scheduler changes its state.
 
     The engine launches a step before it has read the previous one's tokens, so there are three counts of progress:
     `num_computed_tokens` (keys and values that launched steps write), `num_confirmed_tokens` (those of steps that have
@@ -50,7 +52,7 @@ class Request:
     fork_of: Request | None = None
     """The request of the same prompt whose blocks this one shares once they are computed."""
     use_prefix_cache: bool = True
-    """False: every prompt token is computed. The blocks enter the prefix cache all the same."""
+    """False: every prompt token is computed, as a mean over all of them needs. Its blocks enter the prefix cache."""
     whole_prompt: bool = False
     """The prompt is computed in one piece and not cached: attention looks both ways."""
     synchronous: bool = False
@@ -95,14 +97,9 @@ class Request:
             self.max_total_tokens = min(prompt_len + params.max_tokens, self.max_model_len)
 
     @property
-    def is_embedding(self) -> bool:
+    def is_pooling(self) -> bool:
         """Whether the prompt is only computed and nothing is sampled."""
         return self.sampling_params is None
-
-    @property
-    def reads_prefix_cache(self) -> bool:
-        """Whether cached tokens may be skipped. An embedding pools the hidden states of all its tokens: never."""
-        return self.use_prefix_cache and not self.is_embedding
 
     @property
     def is_finished(self) -> bool:

@@ -88,6 +88,11 @@ class ScheduledRow(NamedTuple):
         """A single token that samples: all that a multi-step call may hold."""
         return self.samples and self.num_tokens == 1
 
+    @property
+    def completes_pooling(self) -> bool:
+        """Whether the row ends a prompt that is only computed, so that its result is complete."""
+        return self.request.is_pooling and self.start + self.num_tokens == self.request.num_prompt_tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerOutput:

@@ -83,7 +83,7 @@ class Scheduler:
         """Queue a new request; `RequestError` if its id is taken or its prompt can never run."""
         if self._queues.get(request.request_id) is not None:
             raise RequestError(f"request_id {request.request_id!r} belongs to an unfinished request; use another")
-        prompt_len, limit = request.num_prompt_tokens, self.config.max_model_len - (not request.is_embedding)
+        prompt_len, limit = request.num_prompt_tokens, self.config.max_model_len - (not request.is_pooling)
         if request.whole_prompt:
             limit = min(limit, self.config.max_num_batched_tokens)
         if not 1 <= prompt_len <= limit:
@@ -151,7 +151,7 @@ class Scheduler:
         if request.synchronous and request.num_in_flight:
             return 0
         num_tokens = request.num_tokens_with_in_flight
-        if num_tokens >= request.max_total_tokens and not request.is_embedding:
+        if num_tokens >= request.max_total_tokens and not request.is_pooling:
             return 0
         return num_tokens - request.num_computed_tokens
 
@@ -238,7 +238,7 @@ class Scheduler:
 
     def _plan_row(self, plan: _Plan, request: Request, num_tokens: int) -> None:
         start = request.num_computed_tokens
-        samples = not request.is_embedding and start + num_tokens == request.num_tokens_with_in_flight
+        samples = not request.is_pooling and start + num_tokens == request.num_tokens_with_in_flight
         plan.rows[request] = ScheduledRow(request, start, num_tokens, samples, request.num_preemptions)
         plan.budget -= num_tokens
 
@@ -284,7 +284,7 @@ class Scheduler:
             self.blocks.confirm(request, min(num_done, request.num_tokens))
         if stop is not None:
             self.finish(request, *stop)
-        elif request.is_embedding and num_done == request.num_tokens:
+        elif request.is_pooling and num_done == request.num_tokens:
             self.finish(request, "stop")
         return bool(tokens) or request.is_finished
 

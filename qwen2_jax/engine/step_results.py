@@ -21,11 +21,15 @@ class RowResult:
     """One per token, if the request asks for them."""
     prompt_logprobs: list[LogprobsOnePosition] | None = None
     """Of the prompt tokens that follow the row's tokens, if the request asks for them."""
-    embedding: np.ndarray | None = None
+    pooled: np.ndarray | None = None
+    """What the prompt has become, if the row completes one that is only computed: an embedding, or a hidden state."""
 
 
 class Launched:
-    """A call under way: its samples, [steps, R, ...] each, and its prompt log-probabilities by chunk of tokens."""
+    """A call under way: its samples, [steps, R, ...] each, prompt log-probabilities by chunk of tokens.
+
+    `pooled` has a row for each of the call's, of which those count that complete a prompt that is only computed.
+    """
 
     def __init__(
         self,
@@ -33,22 +37,22 @@ class Launched:
         samples: Mapping[str, jax.Array] | None = None,
         *,
         prompt_logprobs: Sequence[Mapping[str, jax.Array]] = (),
-        embeddings: jax.Array | None = None,
+        pooled: jax.Array | None = None,
     ) -> None:
         self.output = output
         wants = any(_num_logprobs(row) is not None for row in output.rows)
         names = ("token_ids", *(_LOGPROB_FIELDS if wants else ()))
         self._samples = {} if samples is None else {name: samples[name] for name in names}
         self._prompt_logprobs = prompt_logprobs
-        self._embeddings = embeddings
-        for array in jax.tree.leaves((self._samples, self._prompt_logprobs, self._embeddings)):
+        self._pooled = pooled
+        for array in jax.tree.leaves((self._samples, self._prompt_logprobs, self._pooled)):
             array.copy_to_host_async()
 
     def read(self) -> list[RowResult]:
         """Wait for the call and return its results, one per row."""
         samples = {name: np.asarray(array) for name, array in self._samples.items()}
         prompt = _gather(self._prompt_logprobs)
-        embeddings = None if self._embeddings is None else np.asarray(self._embeddings)
+        pooled = None if self._pooled is None else np.asarray(self._pooled)
         results, start = [], 0
         for index, row in enumerate(self.output.rows):
             steps = row.num_steps if row.samples else 0
@@ -57,7 +61,7 @@ class Launched:
                     token_ids=samples["token_ids"][:steps, index].tolist() if steps else [],
                     logprobs=_logprobs(samples, row, index, steps),
                     prompt_logprobs=_prompt_logprobs(prompt, row, start),
-                    embedding=None if embeddings is None else embeddings[index],
+                    pooled=pooled[index] if pooled is not None and row.completes_pooling else None,
                 )
             )
             start += row.num_tokens

@@ -1,4 +1,4 @@
-"""An adapter in host memory, as read from its file: low-rank updates, replaced biases, matrices and token rows."""
+"""An adapter in host memory, as read: low-rank updates, replaced biases, matrices, token rows, classification head."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -65,6 +65,8 @@ class Adapter:
     """`[V, D]`, replacing the base's output matrix."""
     embed_token_rows: TokenRows | None
     lm_head_token_rows: TokenRows | None
+    score: np.ndarray | None = None
+    """`[num_labels, D]`, the classification head of a sequence classifier, which the base has none of."""
     digest: str
     """Hexadecimal SHA-256 of the weights and of what the config says about them: the adapter's identity."""
 
@@ -92,4 +94,4 @@ class Adapter:
             values = [] if holder is None else [getattr(holder, field.name) for field in fields(holder)]
             yield from (value for value in values if isinstance(value, np.ndarray))
         yield from self.biases.values()
-        yield from (full for full in (self.full_embed_tokens, self.full_lm_head) if full is not None)
+        yield from (full for full in (self.full_embed_tokens, self.full_lm_head, self.score) if full is not None)

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.types import AdapterRequest
 
@@ -65,6 +67,8 @@ class AdapterEntry:
     nbytes: int
     applied: Counter[str]
     """How many layers it changes, by module."""
+    score: np.ndarray | None = None
+    """Its classification head `[num_labels, D]` in float32, if it has one; it stays on the host."""
     host: HostCopy | None = None
     places: Mapping[str, list[int]] = field(default_factory=dict)
     """The places that it has on the devices, while it is there."""

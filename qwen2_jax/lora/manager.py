@@ -12,16 +12,18 @@ from collections.abc import Hashable
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import AdapterError, nearest
 from qwen2_jax.lora.adapter import Adapter
 from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
+from qwen2_jax.lora.keys import SCORE
 from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
 from qwen2_jax.lora.room import Room
 from qwen2_jax.lora.sizes import LoRASizes
 from qwen2_jax.lora.sources import AdapterSource, source_of
 from qwen2_jax.lora.staging import UNWANTED_SECONDS, Staging
-from qwen2_jax.lora.vocab import vocab_ranks
 from qwen2_jax.types import AdapterRequest
 
 _OPTIONS = {
@@ -181,14 +183,7 @@ class AdapterManager:
         return not entry.is_unloaded and entry.error is None
 
     def _register(self, request: AdapterRequest, source: AdapterSource) -> AdapterEntry:
-        name, adapter = request.lora_name, source.read(self._base)
-        rank = max(adapter.max_rank, vocab_ranks(adapter))
-        if rank > self._sizes.max_rank:
-            raise AdapterError(
-                f"adapter {name!r} has rank {rank} (a replaced token counts as one); max_lora_rank="
-                f"{self._sizes.max_rank} allows no more, start with max_lora_rank={rank}"
-                f"{source.advice_for_rank(self._sizes.max_rank)}"
-            )
+        name, adapter = request.lora_name, self._read(request, source)
         host = self._placer.host_copy(name, adapter)
         if (kind := self._room.lacking(host.needs)) is not None:
             raise AdapterError(
@@ -202,8 +197,20 @@ class AdapterManager:
             needs=host.needs,
             nbytes=adapter.nbytes,
             applied=_applied(adapter),
+            score=None if adapter.score is None else adapter.score.astype(np.float32),
             host=host,
         )
+
+    def _read(self, request: AdapterRequest, source: AdapterSource) -> Adapter:
+        def check_rank(rank: int) -> None:
+            limit = self._sizes.max_rank
+            if rank > limit:
+                raise AdapterError(
+                    f"adapter {request.lora_name!r} has rank {rank} (a replaced token counts as one); max_lora_rank="
+                    f"{limit} allows no more, start with max_lora_rank={rank}{source.advice_for_rank(limit)}"
+                )
+
+        return source.read(self._base, check_rank)
 
     def _keep_on_host(self, entry: AdapterEntry) -> None:
         self._on_host[entry] = None
@@ -248,15 +255,16 @@ class AdapterManager:
         with self._lock:
             host = entry.host
         if host is None:
-            name, adapter = entry.request.lora_name, entry.source.read(self._base)
+            name, adapter = entry.request.lora_name, self._read(entry.request, entry.source)
             if adapter.digest != entry.digest:
                 raise AdapterError(
                     f"adapter {name!r}: {entry.source} has changed since the request was sent; send it again"
                 )
             host = self._placer.host_copy(name, adapter)
             with self._lock:
-                entry.host = host
-                self._keep_on_host(entry)
+                if not entry.is_unloaded:
+                    entry.host = host
+                    self._keep_on_host(entry)
         return self._placer.stage(host)
 
     def _make_room(self, entry: AdapterEntry) -> bool:
@@ -282,5 +290,5 @@ def _applied(adapter: Adapter) -> Counter[str]:
     """Count what an adapter changes, by module."""
     found = Counter(name for _, name in adapter.linear)
     found.update(f"{name}.bias" for _, name in adapter.biases)
-    found.update(name for name in VOCAB_FIELDS if getattr(adapter, name) is not None)
+    found.update(name for name in (*VOCAB_FIELDS, SCORE) if getattr(adapter, name) is not None)
     return found

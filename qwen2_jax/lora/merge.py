@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.adapter import Adapter, LowRank
-from qwen2_jax.lora.keys import EMBED_TOKENS, LM_HEAD
+from qwen2_jax.lora.keys import EMBED_TOKENS, LM_HEAD, SCORE
 from qwen2_jax.lora.merge_factors import Factors, concatenated, delta_of, factorised, truncated
 from qwen2_jax.lora.merge_methods import combine
 from qwen2_jax.lora.reader import ModuleId
@@ -62,8 +63,8 @@ def merge_adapters(
 
     What replaces weights of the base instead of adding to them can be merged in one case: biases that are equal in all
     adapters, in a linear merge whose weights sum to 1. The digest follows from those of `adapters`, the weights and the
-    options. Raises `AdapterError` for other replaced biases, for magnitudes (DoRA), full copies and token rows, for
-    adapters that do not fit each other, and for weights that are not finite.
+    options. Raises `AdapterError` for other replaced biases, for magnitudes (DoRA), full copies, token rows and
+    classification heads, for adapters that do not fit each other, and for weights that are not finite.
     """
     check_weights(len(adapters), weights)
     for place, adapter in enumerate(adapters, 1):
@@ -86,6 +87,23 @@ def merge_adapters(
         digest=_digest(adapters, weights, options),
     )
     return MergedAdapter(adapter=adapter, errors=errors)
+
+
+def merged_rank(adapters: Sequence[Adapter], options: MergeOptions) -> int:
+    """Return the largest rank that a module of the merge of `adapters` will have; 0 without any."""
+    ranks: Counter[ModuleId] = Counter()
+    limits: dict[ModuleId, int] = {}
+    for adapter in adapters:
+        for module, update in updates_of(adapter).items():
+            ranks[module] += update.rank
+            limits[module] = min(update.b.shape[0], update.a.shape[1])
+
+    def rank_of(module: ModuleId, total: int) -> int:
+        asked = options.rank or total
+        # Products side by side keep their ranks; one that is factorised anew has no more than its matrix.
+        return total if options.method == "linear" and total <= asked else min(asked, limits[module])
+
+    return max((rank_of(module, total) for module, total in ranks.items()), default=0)
 
 
 def updates_of(adapter: Adapter) -> dict[ModuleId, LowRank]:
@@ -157,6 +175,10 @@ def _refuse_replacements(which: str, adapter: Adapter) -> None:
                 f"{which} has a DoRA magnitude for {named(module)}, which scales the base's rows and is no sum of "
                 f"products; {_INTO_BASE}"
             )
+    if adapter.score is not None:
+        raise AdapterError(
+            f"{which} has a classification head ({SCORE}), of which a merge has none; classify with this adapter alone"
+        )
     for field in REPLACING_FIELDS:
         if getattr(adapter, field) is not None:
             raise AdapterError(

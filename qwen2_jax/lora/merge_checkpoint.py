@@ -58,13 +58,14 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
     """Write the checkpoint in the folder `base` with `adapter` in its weights to the new folder `path`; return that.
 
     The result is a Hugging Face folder with the base's config, tokenizer and dtypes, in shards of at most 5 GB. All
-    that an adapter can hold is merged, also magnitudes (DoRA), replaced biases, full copies and token rows: computed in
+    that an adapter changes is merged, also magnitudes (DoRA), replaced biases, full copies and token rows: computed in
     float32 and rounded once. Where the base ties the head to the embedding and the adapter changes them differently,
     the result has a head of its own, and `tie_word_embeddings` false. The host holds one tensor and its update at a
     time.
 
     Raises `CheckpointError` for a base that is not a folder with safetensors or that does not fit its config, and
-    `AdapterError` where `path` is not empty, the adapter does not fit, or a value is beyond the base's dtype.
+    `AdapterError` where `path` is not empty, the adapter does not fit or has a classification head, or a value is
+    beyond the base's dtype.
     """
     checkpoint = open_checkpoint(base)
     if checkpoint.format != "safetensors":
@@ -73,6 +74,11 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
             "safetensors"
         )
     config = ModelConfig.from_hf(checkpoint.config)
+    if adapter.score is not None:
+        raise AdapterError(
+            f"the adapter has a classification head (score), for which a {config.architecture} has no place; serve the "
+            "adapter beside its base"
+        )
     unties = _unties(adapter, config)
     tensors = _tensors(checkpoint, adapter, config, unties=unties)
     with new_folder(path) as folder:

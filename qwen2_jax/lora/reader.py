@@ -13,7 +13,7 @@ from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.adapter import Adapter, LowRank, TokenRows
 from qwen2_jax.lora.config import AdapterConfig
 from qwen2_jax.lora.files import CONFIG, as_adapter_error, digest_of, read_config, read_entries, weights_file
-from qwen2_jax.lora.keys import EMBED_TOKENS, LM_HEAD, Part, TensorKey, parse_key
+from qwen2_jax.lora.keys import CLASSIFICATION_HEADS, EMBED_TOKENS, LM_HEAD, SCORE, Part, TensorKey, parse_key
 from qwen2_jax.lora.targets import Target, targets
 from qwen2_jax.models.checkpoint import TensorEntry
 from qwen2_jax.models.safetensors_reader import DTYPES
@@ -25,8 +25,6 @@ _DTYPES = tuple(name for name, _ in DTYPES.values())
 _UPDATE_PARTS: tuple[Part, ...] = ("a", "b", "lora_bias", "magnitude")
 # The tensor whose presence must agree with a field of the config, for modules with a low-rank update.
 _OPTIONAL_PARTS: tuple[tuple[str, Part], ...] = (("lora_bias", "lora_bias"), ("use_dora", "magnitude"))
-# PEFT puts both into `modules_to_save` for every classifier, of which a model has one.
-_CLASSIFICATION_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +60,14 @@ def read_adapter(path: Path, base: ModelConfig) -> Adapter:
 def _check_place(
     file: Path, name: str, key: TensorKey, entry: TensorEntry, target: Target | None, base: ModelConfig
 ) -> None:
-    """Raise `AdapterError` unless the base has a place for a tensor of this name and type."""
+    """Raise `AdapterError` unless the base has a place for a tensor of this name and type, or it is a `score`."""
     at, tables = f"{file}: the tensor {name!r}", (base.vocab_size, base.hidden_size)
-    if target is None:
-        raise AdapterError(f"{at} is for {key.module}, which a {base.architecture} does not have")
     if entry.dtype not in _DTYPES:
         raise AdapterError(f"{at} has dtype {entry.dtype}; use one of {', '.join(_DTYPES)}")
+    if key.module == SCORE:
+        return _check_score(at, key.part, entry.shape, base.hidden_size)
+    if target is None:
+        raise AdapterError(f"{at} is for {key.module}, which a {base.architecture} does not have")
     if key.layer is not None and key.layer >= base.num_hidden_layers:
         raise AdapterError(
             f"{at} is for layer {key.layer}, but the base has {base.num_hidden_layers} layers; the adapter was trained "
@@ -84,6 +84,25 @@ def _check_place(
         raise AdapterError(
             f"{at} has shape {list(entry.shape)}, the base's has {list(tables)} (vocab_size and hidden_size); adapters "
             "with a resized vocabulary or for another size of model are not served"
+        )
+
+
+def _check_score(at: str, part: Part, shape: tuple[int, ...], hidden_size: int) -> None:
+    """Raise `AdapterError` unless a classification head may have such a part."""
+    if part == "bias":
+        raise AdapterError(
+            f"{at} is a bias, which the head of a Qwen2ForSequenceClassification does not have; classifiers of tokens "
+            "are not served"
+        )
+    if part not in ("full", "copy"):
+        raise AdapterError(
+            f"{at} is an update of a classification head, which is not served; train the head as one of "
+            "modules_to_save, and leave it out of target_modules"
+        )
+    if len(shape) != 2 or not shape[0] or shape[1] != hidden_size:
+        raise AdapterError(
+            f"{at} has shape {list(shape)} where a classification head is [num_labels, {hidden_size}]: the base has "
+            f"hidden_size={hidden_size}"
         )
 
 
@@ -119,6 +138,7 @@ class _Reader:
             full_lm_head=full_head,
             embed_token_rows=embed_rows,
             lm_head_token_rows=embed_rows if head_rows is None and self._head_shares_rows else head_rows,
+            score=self._full(SCORE),
             digest=digest.result(),
         )
         self._check_changes(EMBED_TOKENS, adapter.embed_tokens, adapter.full_embed_tokens, adapter.embed_token_rows)
@@ -221,13 +241,15 @@ class _Reader:
 
     def _check_modules_to_save(self) -> None:
         for name in self.config.modules_to_save:
-            if name not in (EMBED_TOKENS, LM_HEAD, *_CLASSIFICATION_HEADS):
+            if name not in (EMBED_TOKENS, LM_HEAD, *CLASSIFICATION_HEADS):
                 raise AdapterError(
                     f"{self.file.with_name(CONFIG)}: modules_to_save names {name!r}, which is not served; only "
-                    f"{EMBED_TOKENS} and {LM_HEAD} are"
+                    f"{EMBED_TOKENS}, {LM_HEAD} and {' or '.join(CLASSIFICATION_HEADS)} are"
                 )
             tied = name == LM_HEAD and self._ties and self._has((None, EMBED_TOKENS), "full")
-            if name not in _CLASSIFICATION_HEADS and not self._has((None, name), "full") and not tied:
+            # PEFT names both heads for every classifier, which has one of them.
+            module = SCORE if name in CLASSIFICATION_HEADS else name
+            if not self._has((None, module), "full") and not tied:
                 raise AdapterError(f"{self.file}: modules_to_save names {name!r}, but there is no tensor for it")
 
     def _check_changes(self, name: str, *changes: object) -> None:

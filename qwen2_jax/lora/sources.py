@@ -1,6 +1,6 @@
 """Where an adapter comes from: the files of a folder, or a merge of several folders' adapters."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,9 +8,13 @@ from typing import Protocol
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.lora.adapter import Adapter
 from qwen2_jax.lora.files import file_signature, resolve_adapter
-from qwen2_jax.lora.merge import merge_adapters
+from qwen2_jax.lora.merge import merge_adapters, merged_rank
 from qwen2_jax.lora.reader import read_adapter
+from qwen2_jax.lora.vocab import vocab_ranks
 from qwen2_jax.lora_requests import AdapterRequest, LoRARequest, MergedLoRARequest, MergeOptions
+
+CheckRank = Callable[[int], None]
+"""Raises `AdapterError` for a rank that is not served."""
 
 
 class AdapterSource(Hashable, Protocol):
@@ -20,8 +24,11 @@ class AdapterSource(Hashable, Protocol):
         """Return what changes when the files are written anew; raises `AdapterError`."""
         ...
 
-    def read(self, base: ModelConfig) -> Adapter:
-        """Return the adapter for a model with the sizes of `base`; raises `AdapterError`."""
+    def read(self, base: ModelConfig, check_rank: CheckRank) -> Adapter:
+        """Return the adapter for a model with the sizes of `base`; raises `AdapterError`.
+
+        `check_rank` is told its rank, in which a replaced token counts as one, as soon as that is known.
+        """
         ...
 
     def advice_for_rank(self, rank: int) -> str:
@@ -43,9 +50,11 @@ class FolderSource:
         """See `AdapterSource`."""
         return file_signature(self.path)
 
-    def read(self, base: ModelConfig) -> Adapter:
+    def read(self, base: ModelConfig, check_rank: CheckRank) -> Adapter:
         """See `AdapterSource`."""
-        return read_adapter(self.path, base)
+        adapter = read_adapter(self.path, base)
+        check_rank(max(adapter.max_rank, vocab_ranks(adapter)))
+        return adapter
 
     def advice_for_rank(self, rank: int) -> str:
         """See `AdapterSource`."""
@@ -68,10 +77,12 @@ class MergeSource:
         """See `AdapterSource`."""
         return tuple(folder.signature() for folder in self.folders)
 
-    def read(self, base: ModelConfig) -> Adapter:
-        """See `AdapterSource`; what cannot be merged is an `AdapterError` too."""
-        adapters = {folder: folder.read(base) for folder in dict.fromkeys(self.folders)}
-        return merge_adapters([adapters[folder] for folder in self.folders], self.weights, self.options).adapter
+    def read(self, base: ModelConfig, check_rank: CheckRank) -> Adapter:
+        """See `AdapterSource`; what cannot be merged is an `AdapterError` too. The rank is checked before the merge."""
+        read = {folder: read_adapter(folder.path, base) for folder in dict.fromkeys(self.folders)}
+        adapters = [read[folder] for folder in self.folders]
+        check_rank(merged_rank(adapters, self.options))
+        return merge_adapters(adapters, self.weights, self.options).adapter
 
     def advice_for_rank(self, rank: int) -> str:
         """See `AdapterSource`."""

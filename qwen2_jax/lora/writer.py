@@ -70,7 +70,7 @@ def module_path(module: ModuleId) -> str:
 def _check_can_be_written(adapter: Adapter, updates: Mapping[ModuleId, LowRank]) -> None:
     if not updates:
         raise AdapterError("the adapter has no low-rank update, without which PEFT has no module to adapt")
-    for field in REPLACING_FIELDS:
+    for field in (*REPLACING_FIELDS, "score"):
         if getattr(adapter, field) is not None:
             raise AdapterError(f"the adapter has {field}, which is not written; keep the folder that it was read from")
     for module, update in updates.items():

@@ -4,6 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import AdapterGate, SchedulerConfig, SchedulerOutput
 from qwen2_jax.engine.scheduler import Scheduler
@@ -39,12 +41,11 @@ class Gate:
         assert self.uses[entry] >= 0
 
 
-def make_entry(name: str, *pages: int, vector: int = -1) -> AdapterEntry:
+def make_entry(name: str, *pages: int, vector: int = -1, score: np.ndarray | None = None) -> AdapterEntry:
     """An adapter in these pages of the devices and this row of vectors; without either it is not there."""
     request, uses = LoRARequest(name, 1, name), tuple(PageUse(page=page, modules=5) for page in pages)
-    entry = AdapterEntry(
-        request=request, source=FolderSource(Path(name)), digest=name, needs={}, nbytes=0, applied=Counter()
-    )
+    facts = {"digest": name, "needs": {}, "nbytes": 0, "applied": Counter(), "score": score}
+    entry = AdapterEntry(request=request, source=FolderSource(Path(name)), **facts)
     entry.group = TokenGroup(pages=uses, vector=vector) if pages or vector >= 0 else None
     return entry
 

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2_jax.errors import RequestError
+from qwen2_jax.errors import AdapterError, RequestError
 from qwen2_jax.types import SamplingParams
 from tests.engine.processing import EOS, VOCAB_SIZE, generation, ids, make_processor
+from tests.engine.scheduling import make_entry
 
 EMBEDDINGS: dict[str, Any] = {"architectures": ["Qwen2Model"]}
 
@@ -144,12 +145,35 @@ def test_embeddings() -> None:
     processor = make_processor(model=EMBEDDINGS)
     processed = processor.embedding("e", [1] * 64, priority=2)
     (request,) = processed.sequences
-    assert processed.params is None and request.is_embedding
+    assert processed.params is None and request.is_pooling
     assert (request.priority, request.use_prefix_cache, request.whole_prompt) == (2, False, False)
     (both_ways,) = make_processor(model=EMBEDDINGS | {"is_causal": False}).embedding("e", "hi").sequences
     assert both_ways.whole_prompt
     with pytest.raises(RequestError, match="the prompt has 65 tokens; with max_model_len=64 it may have 1 to 64"):
         processor.embedding("e", [1] * 65)
+
+
+def test_classifications() -> None:
+    entry, processor = make_entry("topics", score=np.zeros((3, 64), np.float32)), make_processor()
+    processed = processor.classification("c", [1] * 64, priority=2, adapter=entry)
+    (request,) = processed.sequences
+    assert processed.params is None and request.is_pooling and processed.score is entry.score
+    assert (request.priority, request.use_prefix_cache, request.whole_prompt) == (2, True, False)
+    assert (request.adapter, request.cache_salt) == (entry, entry.digest)
+    with pytest.raises(RequestError, match="the prompt has 65 tokens"):
+        processor.classification("c", [1] * 65, adapter=entry)
+
+
+def test_what_has_no_head_does_not_classify() -> None:
+    with pytest.raises(RequestError, match=r"without an adapter cannot be classified: .* a causal language model with"):
+        make_processor().classification("c", "hi")
+    with pytest.raises(AdapterError, match="adapter 'plain' has no classification head, and neither has Qwen2ForC"):
+        make_processor().classification("c", "hi", adapter=make_entry("plain"))
+    entry = make_entry("topics", score=np.zeros((3, 64), np.float32))
+    with pytest.raises(RequestError, match="Qwen2Model gives embeddings; classify with a language model"):
+        make_processor(model=EMBEDDINGS).classification("c", "hi", adapter=entry)
+    (request,) = make_processor(model=EMBEDDINGS).embedding("e", "hi", adapter=entry).sequences
+    assert request.adapter is entry
 
 
 def test_a_model_does_what_it_is_made_for() -> None:

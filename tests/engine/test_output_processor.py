@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen2_jax.engine.output_processor import GroupOutput
@@ -260,7 +261,7 @@ def test_embeddings() -> None:
     source = make_processor(model={"architectures": ["Qwen2Model"]}).embedding("e", "hi")
     group = GroupOutput.start(source, tokenizer())
     assert not group.is_finished
-    group.embedding = [1.0, 2.0]
+    group.pooled = np.array([1, 2], np.float32)
     source.sequences[0].status = RequestStatus.FINISHED
     output = group.render()
     assert isinstance(output, EmbeddingRequestOutput)

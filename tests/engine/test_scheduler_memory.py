@@ -134,13 +134,16 @@ def test_a_confirmed_prefix_is_shared() -> None:
     assert (cache.queries, cache.hits) == (12 + 12 + 9 + 12, 16)
 
 
-@pytest.mark.parametrize("changes", [{"use_prefix_cache": False}, {"sampling_params": None}])
-def test_requests_that_compute_every_token(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"sampling_params": None}])
+@pytest.mark.parametrize(("use_prefix_cache", "first"), [(True, (8, 4)), (False, (0, 12))])
+def test_requests_that_compute_every_token(
+    changes: dict[str, Any], use_prefix_cache: bool, first: tuple[int, int]
+) -> None:
     scheduler, prompt = make_scheduler(), list(range(1, 13))
     add(scheduler, make_request("a", prompt, max_tokens=1))
     step(scheduler)
-    add(scheduler, make_request("b", prompt, **changes))
-    assert step(scheduler).rows[0][1:3] == (0, 12)
+    add(scheduler, make_request("b", prompt, use_prefix_cache=use_prefix_cache, **changes))
+    assert step(scheduler).rows[0][1:3] == first
 
 
 def test_outputs_are_cached_too_and_the_cache_can_be_reset() -> None:

@@ -84,8 +84,9 @@ class FakeRunner:
         request, end = row.request, row.start + row.num_tokens
         assert row.num_tokens >= 1
         assert num_steps == 1 or not request.synchronous
-        if request.is_embedding and (request.whole_prompt or not self.config.enable_chunked_prefill):
-            assert (row.start, end) == (0, request.num_prompt_tokens)
+        if request.is_pooling and (request.whole_prompt or not self.config.enable_chunked_prefill):
+            assert end == request.num_prompt_tokens
+            assert row.start == 0 or request.use_prefix_cache
         elif not self.config.enable_chunked_prefill:
             assert row.samples
         if row.samples:
@@ -165,7 +166,7 @@ class Traffic:
             max_model_len=self.config.max_model_len,
             eos_token_ids=(EOS,),
             arrival=self.num_added,
-            use_prefix_cache=self.rng.random() < 0.9,
+            use_prefix_cache=self.rng.random() < 0.9 and not options.get("whole_prompt"),
             **options,
         )
         self.scheduler.add(request)

@@ -12,11 +12,13 @@ from qwen2_jax.engine.step_results import Launched, RowResult
 from qwen2_jax.types import Logprob, SamplingParams
 
 
-def make_row(start: int, num_tokens: int, samples: bool, prompt: int = 6, **params: Any) -> ScheduledRow:
+def make_row(
+    start: int, num_tokens: int, samples: bool, prompt: int = 6, *, pools: bool = False, **params: Any
+) -> ScheduledRow:
     request = Request(
         request_id="r",
         prompt_token_ids=list(range(10, 10 + prompt)),
-        sampling_params=SamplingParams(**params),
+        sampling_params=None if pools else SamplingParams(**params),
         max_model_len=50,
     )
     return ScheduledRow(request, start, num_tokens, samples, 0)
@@ -116,10 +118,14 @@ def test_an_output_has_no_prompt_logprobs_to_give() -> None:
     assert result.prompt_logprobs == []
 
 
-def test_embeddings() -> None:
-    rows = (make_row(0, 2, False), make_row(0, 3, False))
-    results = Launched(output_of(*rows), embeddings=jnp.arange(8.0).reshape(2, 4)).read()
-    assert [result.embedding.tolist() for result in results if result.embedding is not None] == [
-        [0, 1, 2, 3],
-        [4, 5, 6, 7],
+def test_what_is_pooled() -> None:
+    """Only of rows that complete their prompt, and nothing of rows that sample."""
+    whole, last, first = (make_row(start, 6 - start, False, pools=True) for start in (0, 2, 0))
+    rows = (whole, last, first._replace(num_tokens=2), make_row(0, 4, False))
+    results = Launched(output_of(*rows), pooled=jnp.arange(8.0).reshape(4, 2)).read()
+    assert [None if result.pooled is None else result.pooled.tolist() for result in results] == [
+        [0, 1],
+        [2, 3],
+        None,
+        None,
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen2_jax.errors import AdapterError
-from qwen2_jax.lora import sources
+from qwen2_jax.lora import sources, staging
 from qwen2_jax.lora.entry import AdapterEntry, Admission
 from qwen2_jax.lora.merge import merge_adapters
 from qwen2_jax.types import LoRARequest, MergedLoRARequest, MergeOptions
@@ -128,7 +128,38 @@ def test_a_source_that_changes_before_it_is_merged_again_fails(make: Callable[..
     adapters.use(adapters.manager.find(request(adapters)))
 
 
-def test_a_rank_that_is_too_high_says_what_would_do(adapters: Adapters) -> None:
+def test_a_load_that_nobody_waits_for_any_more_leaves_the_merge_in_host_memory(
+    adapters: Adapters, merges: Merges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request has ended before its adapter was there; another's copy makes the manager let go of this one's."""
+    monkeypatch.setattr(staging, "UNWANTED_SECONDS", 0.0)
+    entry = adapters.manager.find(request(adapters))
+    adapters.banks.may_copy.clear()
+    assert adapters.manager.acquire(entry) is Admission.LOADING and entry.staged is not None
+    adapters.banks.may_copy.set()
+    entry.staged.result(LIMIT_S)
+    adapters.use(adapters.find("a"))
+    assert entry.staged is None and not entry.is_resident
+    adapters.use(adapters.manager.find(request(adapters)))
+    assert merges.count == 1
+    adapters.check()
+
+
+def test_an_unloaded_merge_does_not_come_back_to_host_memory(make: Callable[..., Adapters], merges: Merges) -> None:
+    """It is forgotten while a thread makes it again."""
+    adapters = make(max_on_host=1)
+    entry, _ = adapters.manager.find(request(adapters)), adapters.find("a")
+    merges.started.clear()
+    merges.may_end.clear()
+    assert adapters.manager.acquire(entry) is Admission.LOADING and merges.started.wait(LIMIT_S)
+    assert adapters.manager.unload("ab")
+    merges.may_end.set()
+    assert entry.staged is not None
+    entry.staged.result(LIMIT_S)
+    assert entry.host is None and adapters.find("a").host is not None
+
+
+def test_a_rank_that_is_too_high_says_what_would_do(adapters: Adapters, merges: Merges) -> None:
     adapters.write("a", rank=20)
     adapters.write("b", rank=13)
     message = (
@@ -137,6 +168,7 @@ def test_a_rank_that_is_too_high_says_what_would_do(adapters: Adapters) -> None:
     )
     with pytest.raises(AdapterError, match=message):
         adapters.manager.find(request(adapters))
+    assert merges.count == 0
     adapters.use(adapters.manager.find(request(adapters, rank=32)))
 
 

@@ -11,7 +11,7 @@ import pytest
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora import merge_factors
 from qwen2_jax.lora.adapter import Adapter, TokenRows
-from qwen2_jax.lora.merge import merge_adapters, updates_of
+from qwen2_jax.lora.merge import merge_adapters, merged_rank, updates_of
 from qwen2_jax.lora.merge_methods import combine
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.types import MergeOptions
@@ -65,6 +65,19 @@ def test_linear_with_a_rank_is_the_nearest_product() -> None:
     error = np.linalg.norm(whole - nearest) / np.linalg.norm(whole)
     assert merged.errors[Q] == pytest.approx(error, rel=1e-4) and merged.largest_error == merged.errors[Q] > 0.1
     assert merged.errors[DOWN] == 0
+
+
+@pytest.mark.parametrize("rank", [None, 1, 6, 12, 90, 500])
+@pytest.mark.parametrize(("method", "density"), [("linear", None), ("ties", 0.5)])
+@pytest.mark.parametrize("ranks", [(3, 5), (40, 60)])
+def test_the_rank_is_known_before_the_merge(
+    method: Any, density: float | None, rank: int | None, ranks: tuple[int, int]
+) -> None:
+    """Also where the sum of the ranks is more than the 64 rows of a matrix."""
+    options = MergeOptions(method=method, density=density, rank=rank)
+    adapters = [make_adapter(seed, {Q: own}) for seed, own in enumerate(ranks)]
+    merged = merge_adapters(adapters, [0.7, 0.5], options).adapter
+    assert merged_rank(adapters, options) == merged.max_rank == merged.linear[Q].rank
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
@@ -172,6 +185,10 @@ def with_rows() -> Adapter:
         (with_magnitude, "adapter 2 of 2 has a DoRA magnitude for q_proj of layer 0, .* merge this adapter alone"),
         (with_rows, "adapter 2 of 2 has embed_token_rows, which replaces what the base has"),
         (lambda: make_adapter(3, {}, full_lm_head=np.zeros((384, 64))), "adapter 2 of 2 has full_lm_head"),
+        (
+            lambda: make_adapter(3, {Q: 2}, score=np.zeros((2, 64))),
+            r"adapter 2 of 2 has a classification head \(score\), of which a merge has none",
+        ),
         (
             lambda: make_adapter(3, {}, linear={Q: low_rank(np.random.default_rng(0), "k_proj", 2)}),
             r"the adapters' q_proj of layer 0 have sizes \[32, 64\] and \[64, 64\]; merge adapters for one base",

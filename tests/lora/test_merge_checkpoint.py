@@ -160,6 +160,13 @@ def test_values_beyond_the_bases_dtype_are_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_classification_head_is_refused(tmp_path: Path) -> None:
+    adapter = read_adapter(ADAPTERS / "tied" / "classifier_3", base_config("tied"))
+    with pytest.raises(AdapterError, match=r"a classification head \(score\), for which a Qwen2ForC"):
+        merge_into_checkpoint(GOLDEN / "tied", adapter, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     gguf = write_gguf(tmp_path / "tiny.gguf", tiny_config(), tiny_tensors(tiny_config()))
     with pytest.raises(CheckpointError, match="holds gguf; an adapter is merged into a Hugging Face folder"):

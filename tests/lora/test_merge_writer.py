@@ -111,6 +111,7 @@ def with_embedding_and_bias() -> Adapter:
             make_adapter(0, {Q: 2}, full_lm_head=np.zeros((384, 64))),
             "the adapter has full_lm_head, which is not written",
         ),
+        (make_adapter(0, {Q: 2}, score=np.zeros((2, 64))), "the adapter has score, which is not written"),
         (
             make_adapter(
                 0, {}, linear={Q: low_rank(np.random.default_rng(0), "q_proj", 2, magnitude=np.ones(64, np.float32))}

@@ -169,3 +169,30 @@ def test_rows_that_the_head_shares_count_once() -> None:
     assert adapter.embed_token_rows is adapter.lm_head_token_rows
     rest = sum(update.a.nbytes + update.b.nbytes for update in adapter.linear.values())
     assert adapter.nbytes == rest + 3 * 64 * 2 + 3 * 4
+
+
+@pytest.mark.parametrize(("case", "num_labels"), [("classifier_3", 3), ("classifier_5", 5)])
+@pytest.mark.parametrize("base", ["untied", "tied"])
+def test_a_classification_head_is_read_as_it_is(base: str, case: str, num_labels: int) -> None:
+    adapter = read_adapter(ADAPTERS / base / case, base_config(base))
+    expected = read_tensors(ADAPTERS / base / case)["base_model.model.score.weight"]
+    assert adapter.score is not None and adapter.score.shape == (num_labels, 64)
+    np.testing.assert_array_equal(adapter.score, expected)
+    assert adapter.nbytes == sum(array.nbytes for array in read_tensors(ADAPTERS / base / case).values())
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+@pytest.mark.parametrize("head", ["score", "classifier"])
+@pytest.mark.parametrize("part", ["weight", "modules_to_save.weight", "modules_to_save.default.weight"])
+def test_a_classification_head_goes_by_several_names(prefix: str, head: str, part: str, tmp_path: Path) -> None:
+    """With the copy of the model's own that a raw state dict has beside it."""
+    score = np.arange(128, dtype=np.float32).reshape(2, 64)
+    copy = {f"{prefix}{head}.original_module.weight": zeros(2, 64)}
+    write_adapter(tmp_path, copy | {f"{prefix}{head}.{part}": score}, modules_to_save=["classifier", "score"])
+    np.testing.assert_array_equal(read_adapter(tmp_path, base_config()).score, score)
+
+
+def test_a_classification_head_alone_is_an_adapter(tmp_path: Path) -> None:
+    tensors = dict.fromkeys(small_tensors()) | {"base_model.model.score.weight": np.ones((1, 64), np.float32)}
+    adapter = read_adapter(write_adapter(tmp_path, tensors), base_config())
+    assert adapter.score is not None and adapter.num_modules == 0

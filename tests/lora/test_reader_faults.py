@@ -13,7 +13,7 @@ from tests.lora.adapters import ADAPTERS, Q_PROJ, base_config, small_tensors, wr
 
 A, B = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight"
 TOP = "base_model.model"
-EMBED, HEAD = f"{TOP}.model.embed_tokens", f"{TOP}.lm_head"
+EMBED, HEAD, SCORE = f"{TOP}.model.embed_tokens", f"{TOP}.lm_head", f"{TOP}.score.weight"
 NOT_FINITE = zeros(2, 64)
 NOT_FINITE[1, 3] = np.nan
 EMBED_LORA = {f"{EMBED}.lora_embedding_A": zeros(2, 384), f"{EMBED}.lora_embedding_B": zeros(64, 2)}
@@ -36,7 +36,15 @@ TENSOR_FAULTS: dict[str, tuple[Mapping[str, np.ndarray | None], str]] = {
     ),
     "part": ({f"{Q_PROJ}.lora_C.weight": zeros(2)}, "lora_C.*is no part of a LoRA adapter; for q_proj it has lora_A"),
     "expert": ({f"{TOP}.model.layers.0.mlp.experts.0.up_proj.lora_A.weight": zeros(2, 64)}, "experts.0.*no module"),
-    "score": ({f"{TOP}.score.weight": zeros(2, 64)}, "score.weight.*a classification head is not served"),
+    "width of a head": ({SCORE: zeros(2, 96)}, r"score.weight.*\[2, 96\] where a .*head is \[num_labels, 64\]"),
+    "no labels": ({SCORE: zeros(0, 64)}, r"score.weight.* has shape \[0, 64\] where"),
+    "dimensions of a head": ({SCORE: zeros(64)}, r"score.weight.* has shape \[64\] where"),
+    "two heads": ({SCORE: zeros(2, 64), f"{TOP}.classifier.weight": zeros(2, 64)}, "are the same part of score"),
+    "bias of a head": ({SCORE: zeros(2, 64), f"{TOP}.score.bias": zeros(2)}, "score.bias.* is a bias, which the head"),
+    "LoRA of a head": ({f"{TOP}.score.lora_A.weight": zeros(2, 64)}, "score.lora_A.* update of a classification head"),
+    "part of a head": ({f"{TOP}.score.dense.weight": zeros(2, 64)}, "score.dense.weight.* for score it has weight"),
+    "integers as a head": ({SCORE: zeros(2, 64, dtype=np.int8)}, "score.weight.* has dtype I8"),
+    "infinite head": ({SCORE: np.full((2, 64), np.inf, np.float32)}, "score.weight.* values that are not finite"),
     "norm": ({f"{TOP}.model.norm.weight": zeros(64)}, "model.norm.weight.*a norm as one of modules_to_save"),
     "projection": ({f"{Q_PROJ}.weight": zeros(64, 64)}, "q_proj.weight.*replaces a whole projection"),
     "base bias": ({f"{TOP}.model.layers.0.mlp.up_proj.bias": zeros(96)}, "which the base's up_proj does not have"),
@@ -63,6 +71,7 @@ FIELD_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "use_dora": ({"use_dora": True}, "use_dora=true, but beside .*q_proj.*there is no magnitude tensor"),
     "lora_bias": ({"lora_bias": True}, "lora_bias=true, but beside .*there is no lora_bias tensor"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head', but there is no tensor"),
+    "head": ({"modules_to_save": ["score"]}, "modules_to_save names 'score', but there is no tensor for it"),
     "saved norm": ({"modules_to_save": ["model.norm"]}, "modules_to_save names 'norm', which is not served"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "names tokens of embed_tokens, but there is no tensor"),
     "vocabulary": ({"trainable_token_indices": [384]}, "has 384 for embed_tokens.*vocabulary has 384 tokens"),
@@ -98,8 +107,3 @@ def test_a_field_that_does_not_fit_the_tensors(fields: dict[str, Any], message: 
 def test_another_base(case: str, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         read_adapter(ADAPTERS / "untied" / case, base_config(**overrides))
-
-
-def test_a_classifier_without_its_head_is_a_plain_adapter(tmp_path: Path) -> None:
-    write_adapter(tmp_path, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
-    assert read_adapter(tmp_path, base_config()).num_modules == 2
