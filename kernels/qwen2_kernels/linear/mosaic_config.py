@@ -141,8 +141,6 @@ def default_config(tokens: int, out_features: int, in_features: int, *, gated: b
     block_n, split_k = min(shapes, key=cost)
     steps = -(-in_features // block_k // split_k)
     shape = {"block_n": block_n, "consumers": consumers, "rows": rows, "block_k": block_k, "split_k": split_k}
-    if gated:
-        shape["piece_bytes"] = 32  # to leave room for one more stage
     most_stages = max(2, min(12, steps))
     return deepest(tokens, **shape, cluster=cluster, most=most_stages, gated=gated)
 
@@ -155,7 +153,10 @@ def deepest(tokens: int, *, most: int, gated: bool, **shape: Any) -> MosaicConfi
     def fits(config: MosaicConfig) -> bool:
         return all(config.shared_memory(tokens, gated=gated, out_bytes=n) <= room for n in (2, 4))
 
-    configs = [MosaicConfig(**shape, stages=stages) for stages in range(2, most + 1)]
+    stages = range(2, most + 1)
+    configs = [MosaicConfig(**shape, stages=count) for count in stages]
+    # Two stages do not keep enough bytes on their way: then results leave in small pieces, for the sake of one more.
+    configs = configs[:1] + [MosaicConfig(**shape, stages=3, piece_bytes=32)] * (most >= 3) + configs[1:]
     fitting = [config for config in configs if fits(config)]
     return fitting[-1] if fitting else configs[0]
 
