@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+CACHE = Path(__file__).parent.parent / ".cache"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -13,9 +16,14 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 else:
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # a GPU multiplies float32 in TF32 otherwise
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
+# JAX writes a file in place, so that another process could read half of it: each of pytest-xdist's has its own.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# The machine may be busy: only what an example does is tested, not how long it takes.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # Cheap packages first, so that a mistake shows early; what is not listed runs after them, and `slow` tests last.
 _FOLDERS = ("tests", "config", "text", "cache", "engine")
