@@ -25,7 +25,7 @@ train-demo: .venv/dev.stamp
 	@$(TRAIN) --data scripts/data/one-word.json --out demo/adapters/one-word --steps 75
 
 test: lint types
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: .venv/dev.stamp
 	@$(RUN) -m ruff check .

@@ -180,7 +180,7 @@ JUNK = (
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(values=st.dictionaries(st.sampled_from(sorted(SamplingParams.__dataclass_fields__)), JUNK, max_size=4))
 def test_junk_gives_valid_parameters_or_our_error(values: dict[str, Any]) -> None:
     try:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2_jax.engine.thresholds import top_k_threshold, top_p_threshold
@@ -28,7 +28,6 @@ def of(values: list[float]) -> np.ndarray:
     return np.asarray(values + [-INF] * (WIDTH - len(values)), np.float32)
 
 
-@settings(deadline=None)
 @given(st.tuples(row, row), st.tuples(st.integers(1, WIDTH), st.integers(1, WIDTH)))
 def test_top_k_is_the_kth_of_a_sorted_row(rows: tuple[list[float], list[float]], ks: tuple[int, int]) -> None:
     logits = np.stack([of(values) for values in rows])
@@ -59,7 +58,6 @@ def test_top_k_literally(values: list[float], k: int, expected: float) -> None:
     np.testing.assert_array_equal(found, np.asarray([expected], np.float32))
 
 
-@settings(deadline=None)
 @given(row.filter(lambda values: max(values) > -INF), st.floats(2**-20, 1, exclude_max=True, width=32))
 def test_top_p_is_the_smallest_likeliest_set_that_reaches_p(values: list[float], p: float) -> None:
     logits = of(values)

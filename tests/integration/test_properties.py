@@ -16,9 +16,7 @@ from tests.integration.golden import check_idle, greedy, load, tokens_of
 pytestmark = pytest.mark.slow
 
 # The engines serve all examples of a module; drawing the same examples every time keeps CI's verdict steady.
-EXAMPLES = settings(
-    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+EXAMPLES = settings(max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MODELS = ("tied", "window_partial", "window_all")
 VOCAB_SIZE = 384
 

@@ -53,7 +53,7 @@ def lora_cases(shapes: tuple[tuple[str, str, int], ...] = SHAPES) -> Iterator[Gp
     for model, name, tokens in shapes:
         geometry = QWEN2_5[model]
         projection = projection_of(geometry, name)
-        for implementation in api.DELTA_IMPLEMENTATIONS.keys() - {"reference"}:
+        for implementation in sorted(api.DELTA_IMPLEMENTATIONS.keys() - {"reference"}):
             yield GpuCase(
                 op="lora",
                 implementation=implementation,

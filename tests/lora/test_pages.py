@@ -123,7 +123,7 @@ def check_where_given(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(data=st.data())
 def test_pages_add_up_to_the_updates(case: str, data: st.DataObject) -> None:
     config, tp = CASES[case]

@@ -81,7 +81,7 @@ def test_a_device_that_does_not_tell_its_memory_has_room_for_eight() -> None:
     assert make().places["vectors"] == 8
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(data=st.data())
 def test_tables_hold_whatever_fits(data: st.DataObject) -> None:
     """Also adapters without pages, which replace biases alone."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qwen2_jax.text import IncrementalDetokenizer, Tokenizer
 
-PROPERTY = settings(deadline=None, max_examples=200)
+PROPERTY = settings(max_examples=200)
 
 
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:

@@ -29,7 +29,7 @@ def expected(pieces: list[str], stop: list[str], *, include: bool, min_tokens: i
     return text, None
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     pieces=st.lists(st.text("ab", max_size=4), max_size=10),
     stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3, unique=True),
