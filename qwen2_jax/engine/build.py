@@ -1,5 +1,6 @@
 """Builds an engine from options: resolves the model, loads it, compiles it, and ties the parts together."""
 
+import gc
 import logging
 import os
 from collections.abc import Mapping
@@ -76,6 +77,9 @@ def build_engine(
     if runner.num_blocks != num_blocks:
         scheduler = Scheduler(limits, runner.num_blocks, adapters)
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
+    # A full garbage collection walks all objects, most of which tracing has made, and holds every step up meanwhile.
+    gc.collect()
+    gc.freeze()
     return Engine(runner, scheduler, inputs, tokenizer, adapters), model, config
 
 

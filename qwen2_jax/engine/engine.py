@@ -1,5 +1,6 @@
 """The engine: schedule a call, launch it, and take in the results of the one before."""
 
+import gc
 import logging
 import time
 from collections import deque
@@ -102,10 +103,11 @@ class Engine:
         return failures
 
     def close(self) -> None:
-        """Let go of the device's memory."""
+        """Let go of the device's memory, and of what a start keeps from garbage collection."""
         if self.adapters is not None:
             self.adapters.close()
         self.runner.close()
+        gc.unfreeze()
 
     def _fail_adapters(self) -> None:
         """End the groups of requests whose adapter cannot be loaded."""

@@ -1,6 +1,7 @@
 """Streams, threads and event loops that share an engine, and how its end reaches those who wait."""
 
 import asyncio
+import gc
 import itertools
 import queue
 import threading
@@ -142,6 +143,14 @@ def test_shutdown_fails_those_who_wait(tokenizer_folder: Path) -> None:
     with pytest.raises(EngineDeadError):
         llm.reset_prefix_cache()
     llm.shutdown()
+
+
+def test_a_start_is_kept_from_garbage_collection(tokenizer_folder: Path) -> None:
+    gc.unfreeze()
+    llm = load("tied", tokenizer=tokenizer_folder)
+    assert gc.get_freeze_count() > 10_000
+    llm.shutdown()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_failing_step_reaches_everyone(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
