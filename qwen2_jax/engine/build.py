@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
 from qwen2_jax.engine.block_manager import peak_blocks
 from qwen2_jax.engine.compilation import use_persistent_cache
-from qwen2_jax.engine.compile_pool import CompilePool, choose_workers
+from qwen2_jax.engine.compile_pool import CompilePool, choose_workers, fitting_workers
 from qwen2_jax.engine.engine import Engine
 from qwen2_jax.engine.input_processor import InputProcessor
 from qwen2_jax.engine.model_loader import LoadedModel, load_model, model_config
@@ -42,6 +42,8 @@ from qwen2_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_JAX_MEMORY_FRACTION = 0.75
+"""What JAX takes of a GPU where that is not set."""
 
 
 def build_engine(
@@ -85,14 +87,22 @@ def build_engine(
 
 def _compile_pool(count: int | None) -> AbstractContextManager[CompilePool | None]:
     """Start `count` compile workers, or, with None, as many as this machine has room for."""
+    if count == 0:
+        return nullcontext()
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    fraction = float(os.environ.get(_MEMORY_FRACTION, _JAX_MEMORY_FRACTION))
+    left = None if limit is None else int(limit / fraction - limit)
     if count is None:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        limit = stats.get("bytes_limit")
         count = choose_workers(
             platform=jax.default_backend(),
             cores=os.cpu_count() or 1,
             host_bytes=psutil.virtual_memory().available,
-            device_bytes=None if limit is None else int(limit / float(os.environ[_MEMORY_FRACTION]) - limit),
+            device_bytes=left,
+        )
+    elif left is not None and count > fitting_workers(left):
+        raise ConfigError(
+            f"compile_workers={count} do not fit into the {left / 2**30:.1f} GiB of a GPU that gpu_memory_utilization "
+            f"leaves; use at most {fitting_workers(left)}, or a lower gpu_memory_utilization"
         )
     return CompilePool(count) if count else nullcontext()
 

@@ -41,9 +41,13 @@ def choose_workers(*, platform: str, cores: int, host_bytes: int, device_bytes: 
     """
     if platform != "gpu" or cores < _FEWEST_CORES or device_bytes is None:
         return 0
-    fitting = (device_bytes - _DEVICE_BYTES) // (_DEVICE_BYTES + _AUTOTUNING_BYTES)
-    count = min(cores // 2, host_bytes // _HOST_BYTES, fitting)
+    count = min(cores // 2, host_bytes // _HOST_BYTES, fitting_workers(device_bytes))
     return count if count >= 2 else 0
+
+
+def fitting_workers(device_bytes: int) -> int:
+    """Return how many workers fit into `device_bytes` of a GPU beside this process."""
+    return max(0, (device_bytes - _DEVICE_BYTES) // (_DEVICE_BYTES + _AUTOTUNING_BYTES))
 
 
 class CompilePool:

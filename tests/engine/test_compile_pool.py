@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
-from qwen2_jax.engine import compile_pool
+from qwen2_jax.engine import build, compile_pool
 from qwen2_jax.engine.compile_pool import CompilePool, choose_workers
 from qwen2_jax.engine.program_specs import ProgramKey, families
+from qwen2_jax.errors import ConfigError
 
 GIB = 1 << 30
 KEYS: list[ProgramKey] = [
@@ -77,6 +80,14 @@ def test_workers_fit_the_machine(platform: str, cores: int, host: float, device:
     assert count == choose_workers(
         platform=platform, cores=cores, host_bytes=int(host * GIB), device_bytes=device_bytes
     )
+
+
+def test_workers_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 72 * GIB})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    with pytest.raises(ConfigError, match=r"compile_workers=6 do not fit into the 8\.0 GiB.*use at most 4"):
+        build._compile_pool(6)
 
 
 def test_programs_that_share_kernels_are_a_family() -> None:
