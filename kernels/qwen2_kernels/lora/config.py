@@ -70,13 +70,14 @@ def default_config(tokens: int, in_features: int, out_features: int, tile: int, 
     if tokens == 1:
         shrink = ShrinkConfig(kind=VECTOR, block_k=512 if is_wide else 256)
         return Config(shrink=shrink, expand=ExpandConfig(kind=VECTOR, block_n=128))
-    if tokens <= 32 and tile <= 16:
-        shrink = ShrinkConfig(kind=DOT, block_k=512 if is_wide else 256)
-        return Config(shrink=shrink, expand=ExpandConfig(kind=DOT, block_n=128, num_tiles=2, num_warps=4, num_stages=3))
     if tile <= 16:
-        blocks = 16 if is_wide else 4
+        # Up to 32 tokens the model's own products run beside these kernels, and small programs fill what they leave.
+        blocks = 8 if is_wide and tokens > 32 else 4
         shrink = ShrinkConfig(kind=DOT, block_k=128, num_blocks=blocks, num_warps=2, num_stages=4)
-        return Config(shrink=shrink, expand=ExpandConfig(kind=DOT, block_n=128, num_tiles=4, num_warps=4, num_stages=3))
+        tiles = 4 if is_gated and tokens > 32 else 2
+        return Config(
+            shrink=shrink, expand=ExpandConfig(kind=DOT, block_n=128, num_tiles=tiles, num_warps=4, num_stages=3)
+        )
     splits = 8 if is_wide else 4
     return Config(
         shrink=ShrinkConfig(
