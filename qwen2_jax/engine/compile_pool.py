@@ -29,8 +29,8 @@ _HOST_BYTES = 3 << 30
 """Host memory that a worker may take."""
 _DEVICE_BYTES = 600 << 20
 """What a worker takes on a GPU: the context of CUDA and the libraries' handles."""
-_AUTOTUNING_BYTES = 5 << 28
-"""What it takes besides: the operands of the products that cuBLAS is timed on, up to a vocabulary's."""
+_AUTOTUNING_BYTES = 9 << 28
+"""What it takes besides, and keeps: the operands of the products that cuBLAS is timed on, up to a vocabulary's."""
 
 
 def choose_workers(*, platform: str, cores: int, host_bytes: int, device_bytes: int | None) -> int:
@@ -50,6 +50,10 @@ def fitting_workers(device_bytes: int) -> int:
     return max(0, (device_bytes - _DEVICE_BYTES) // (_DEVICE_BYTES + _AUTOTUNING_BYTES))
 
 
+_Settled = queue.SimpleQueue[tuple[ProgramKey, bool] | None]
+"""Programs, and whether they are kept; None when a worker has no more."""
+
+
 class CompilePool:
     """Worker processes, from `__enter__` to `__exit__`; what they compile goes into an `ExecutableCache`."""
 
@@ -66,8 +70,7 @@ class CompilePool:
 
     def __exit__(self, *_: object) -> None:
         """End the processes, whatever they are doing."""
-        for worker in self._workers:
-            worker.end()
+        self._end_workers()
         for thread in self._threads:
             thread.join()
         for worker in self._workers:
@@ -77,7 +80,8 @@ class CompilePool:
     def compile(self, facts: ProgramFacts, directory: Path, keys: Sequence[ProgramKey]) -> Iterator[ProgramKey]:
         """Have programs compiled and kept in the cache of `directory`; yield each key when its program is settled.
 
-        That is: kept, or not to be had from a worker, of which the log then warns. Programs of a family stay in one
+        That is: kept, or not to be had from a worker, of which the log then warns. Those come last, when the workers
+        have ended: what a program lacked may be the GPU's memory that they held. Programs of a family stay in one
         process: they share kernels, which each process compiles once. Where there are few, they are all yielded at
         once, and nothing is compiled.
         """
@@ -87,7 +91,7 @@ class CompilePool:
         waiting: queue.SimpleQueue[list[ProgramKey]] = queue.SimpleQueue()
         for family in families(keys):
             waiting.put(family)
-        settled: queue.SimpleQueue[ProgramKey | None] = queue.SimpleQueue()
+        settled: _Settled = queue.SimpleQueue()
         threads = [
             threading.Thread(target=worker.serve, args=(facts, directory, waiting, settled), daemon=True)
             for worker in self._workers
@@ -95,15 +99,24 @@ class CompilePool:
         self._threads += threads
         for thread in threads:
             thread.start()
-        working = len(threads)
+        working, left = len(threads), list[ProgramKey]()
         while working:
-            key = settled.get()
-            if key is None:
-                working -= 1
-            else:
-                yield key
+            match settled.get():
+                case None:
+                    working -= 1
+                case key, True:
+                    yield key
+                case key, False:
+                    left.append(key)
         while not waiting.empty():  # no worker lived to take them
-            yield from waiting.get()
+            left += waiting.get()
+        if left:
+            self._end_workers()
+        yield from left
+
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            worker.end()
 
 
 class _Worker:
@@ -128,9 +141,13 @@ class _Worker:
         facts: ProgramFacts,
         directory: Path,
         waiting: "queue.SimpleQueue[list[ProgramKey]]",
-        settled: "queue.SimpleQueue[ProgramKey | None]",
+        settled: _Settled,
     ) -> None:
-        """Pass groups on to the process until there are none, and put into `settled` each key, and None at the end."""
+        """Pass groups on to the process until there are none, and put into `settled` each key, and None at the end.
+
+        A process that could not compile a program is ended, and others get what it had: most likely there is no memory
+        for it beside them.
+        """
         pending: set[ProgramKey] = set()
         try:
             while True:
@@ -143,16 +160,21 @@ class _Worker:
                     return
                 key, error = self._receive()
                 pending.discard(key)
+                settled.put((key, error is None))
                 if error is not None:
-                    logger.warning("%s could not compile %s; this process will: %s", self.name, key, error)
-                settled.put(key)
+                    logger.warning("%s could not compile %s and is ended; this process will: %s", self.name, key, error)
+                    self.end()
+                    if pending:
+                        waiting.put([*pending])
+                        pending.clear()
+                    return
         except (EOFError, OSError, pickle.UnpicklingError):
             if not self._ended:
                 status = self._process.wait()
                 logger.warning("%s has ended, status %s; this process compiles its programs", self.name, status)
         finally:
             for key in pending:
-                settled.put(key)
+                settled.put((key, False))
             settled.put(None)
 
     def end(self) -> None:
