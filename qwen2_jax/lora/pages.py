@@ -3,6 +3,7 @@
 A page has 16 ranks of every module, of all layers. What an adapter lacks is zeros there.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +84,10 @@ class PageLayout:
 
     def _page(self, adapter: Adapter, start: int) -> Page:
         found = {name for (_, name), update in adapter.linear.items() if update.rank > start}
+        with ThreadPoolExecutor(len(PROJECTIONS)) as threads:  # copies of megabytes, which do not hold Python's lock
+            factors = threads.map(lambda projection: self._factors(adapter, projection, start), PROJECTIONS)
         return Page(
-            factors={projection: self._factors(adapter, projection, start) for projection in PROJECTIONS},
+            factors=dict(zip(PROJECTIONS, factors, strict=True)),
             modules=sum(1 << bit for bit, name in enumerate(MODULES) if name in found),
         )
 
