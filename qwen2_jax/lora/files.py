@@ -1,11 +1,7 @@
-"""From what a user calls an adapter to its folder, and from the folder to a checked config, tensors and a digest."""
+"""From what a user calls an adapter to its folder, and from the folder to a checked config and tensors."""
 
-import hashlib
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from qwen2_jax.errors import AdapterError, CheckpointError
@@ -16,8 +12,6 @@ from qwen2_jax.models.safetensors_reader import read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PIECE, _HASHING_THREADS = 8 << 20, 8
-"""Bytes of a file that are hashed at a time, and how many of its pieces are at once."""
 
 
 def resolve_adapter(
@@ -33,26 +27,6 @@ def resolve_adapter(
     """
     with as_adapter_error():
         return hub.resolve_adapter(name, revision=revision, token=token, subfolder=subfolder)
-
-
-def digest_of(config: AdapterConfig, file: Path) -> str:
-    """Return a hexadecimal SHA-256 of the weights in `file` and of the fields of `config` that matter to them.
-
-    It is that of the weights' pieces' own, so that threads can hash them beside one another. Two folders with one
-    digest are the same adapter. Reads the whole file once; raises `AdapterError`.
-    """
-    try:
-        with file.open("rb") as stream, ThreadPoolExecutor(_HASHING_THREADS) as threads:
-            size = os.fstat(stream.fileno()).st_size
-            pieces = threads.map(partial(_digest_of_piece, stream.fileno()), range(0, size, _PIECE))
-            weights = b"".join(pieces)
-    except OSError as error:
-        raise AdapterError(f"{file} cannot be read: {error}") from error
-    return hashlib.sha256(weights + config.canonical()).hexdigest()
-
-
-def _digest_of_piece(descriptor: int, start: int) -> bytes:
-    return hashlib.sha256(os.pread(descriptor, _PIECE, start)).digest()
 
 
 def file_signature(path: Path) -> tuple[tuple[int, int, int], ...]:
