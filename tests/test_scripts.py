@@ -15,7 +15,7 @@ from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.models.weights import open_checkpoint
 from scripts import accuracy, check_golden, demo, workload, yardstick
-from scripts.gpu_check import Runner
+from scripts.gpu_check import BUDGETS, PARTS, TOGETHER, Result, Runner, read_report
 
 ROWS = [
     {"engine": "qwen2_jax", "geometry": "7b", "adapters": 8, "startup_s": 50.0},
@@ -102,6 +102,34 @@ def test_golden_data_binds_float32_only() -> None:
     bad = [good | {"greedy_equal": 3}, good | {"largest_error": 2e-4}, good | {"largest_error": float("nan")}]
     assert check_golden.failures([good, good | {"dtype": "bfloat16", "greedy_equal": 1}]) == []
     assert len(check_golden.failures(bad)) == 3
+
+
+def test_all_parts_end_within_ten_minutes() -> None:
+    together = max(BUDGETS[name] for name in TOGETHER)
+    assert together + sum(BUDGETS[name] for name in PARTS if name not in TOGETHER) < 600
+    assert set(TOGETHER) < set(PARTS) < BUDGETS.keys()
+
+
+def test_a_suite_is_counted_by_file(tmp_path: Path) -> None:
+    cases = {
+        "tests.kernels.test_b": ["", "<skipped/>", "<failure/>"],
+        "tests.kernels.test_a": ["", ""],
+    }
+    lines = [
+        f'<testcase classname="{name}" name="test[{index}]" time="1.5">{outcome}</testcase>'
+        for name, outcomes in cases.items()
+        for index, outcome in enumerate(outcomes)
+    ]
+    report = tmp_path / "suite.xml"
+    report.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
+    result = Result(failures=["suite: exit status 1"], seconds=9, output="")
+    rows, failed = read_report(report, result)
+    assert [(row["file"], row["passed"], row["failed"], row["skipped"], row["seconds"]) for row in rows] == [
+        ("test_a", 2, 0, 0, 3.0),
+        ("test_b", 1, 1, 1, 4.5),
+    ]
+    assert failed == ["tests.kernels.test_b::test[2]"]
+    assert read_report(report, result) == ([], ["suite: exit status 1"])
 
 
 def test_commands_are_logged_and_their_last_words_reported(tmp_path: Path) -> None:
