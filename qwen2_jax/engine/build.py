@@ -59,7 +59,9 @@ def build_engine(
     _reserve_device_memory(options.cache.gpu_memory_utilization)
     cache_directory = use_persistent_cache()
     model = model_config(checkpoint, load)
-    config = options.resolve(model, jax.default_backend(), skips_padding=skips_padding())
+    platform = jax.default_backend()
+    dtype = jnp.dtype(load.resolve_dtype(model.dtype, platform))
+    config = options.resolve(model, platform, skips_padding=skips_padding(dtype))
     with _compile_pool(load.compile_workers) as pool:  # its processes get ready while weights are read
         loaded = load_model(checkpoint, model, load, options)
         logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)

@@ -163,9 +163,9 @@ def project_rows(
     return sharded(island, (HEADS, HEADS, P(), *next_specs), P())(x, kernel, num_tokens, *next_kernel)
 
 
-def skips_padding() -> bool:
-    """Return whether, in prefills of many tokens, projections in bfloat16 take no time for the padding here."""
-    return kernels.skips_padding()
+def skips_padding(dtype: jnp.dtype) -> bool:
+    """Return whether, in prefills of many tokens, projections in `dtype` take no time for the padding here."""
+    return kernels.skips_padding(dtype)
 
 
 def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Float[Array, "T V"]:

@@ -283,3 +283,14 @@ def test_auto_takes_triton_for_one_token_and_for_what_was_tuned(monkeypatch: pyt
         with jax.sharding.use_abstract_mesh(H100):
             text = jax.jit(linear).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("triton_kernel_call") == calls
+
+
+def test_padding_is_skipped_where_the_mosaic_kernel_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = [jnp.dtype(name) for name in ("bfloat16", "float16", "float32")]
+    assert [api.skips_padding(dtype) for dtype in dtypes] == [False] * 3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(api, "has_triton", lambda: True)
+    monkeypatch.setattr(api, "unsupported_gpu", lambda: None)
+    assert [api.skips_padding(dtype) for dtype in dtypes] == [True, False, False]
+    monkeypatch.setattr(api, "unsupported_gpu", lambda: "an Ampere GPU")
+    assert not api.skips_padding(dtypes[0])

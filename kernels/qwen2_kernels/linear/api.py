@@ -137,9 +137,12 @@ def linear_partial(
     return linear_partial_mosaic(x, kernel, num_tokens, config=config)
 
 
-def skips_padding() -> bool:
-    """Return whether this machine's GPUs take no time for the tokens behind `num_tokens`, if they are many: Hopper."""
-    return jax.default_backend() == "gpu" and has_triton() and unsupported_gpu() is None
+def skips_padding(dtype: jnp.dtype) -> bool:
+    """Return whether, for many tokens of `dtype`, this machine takes no time for those behind `num_tokens`.
+
+    That is what the Mosaic kernel does: on Hopper, in bfloat16.
+    """
+    return dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and has_triton() and unsupported_gpu() is None
 
 
 def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str, str]:
