@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax_triton.triton_lib
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from qwen2_kernels.lora import api
+from qwen2_kernels.lora import api, triton_expand, triton_gated, triton_shrink
 from qwen2_kernels.lora.batch import DOWN_PROJECTION, GATE_UP_PROJECTION, O_PROJECTION, RANKS, LoRABatch, qkv_projection
 from qwen2_kernels.lora.segments import table_sizes
 from qwen2_kernels.specs import QWEN2_5
@@ -81,7 +81,17 @@ def lowered(
     return text, binaries
 
 
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that other tests have compiled would not be compiled again."""
+    for module in (triton_shrink, triton_expand, triton_gated):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(kernel, "_jT_kernel_cache", {}, raising=False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("tokens, max_pages", [(1, 1), (32, 4), (128, 1), (128, 8), (8192, 4)])
 @pytest.mark.parametrize("projection", ["qkv", "o", "gate_up", "down"])
 @pytest.mark.parametrize("model", ["0.5b", "7b"])
@@ -93,6 +103,7 @@ def test_compiles_for_an_h100_with_wide_reads(model: str, projection: str, token
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
 def test_steps_of_other_sizes_share_compiled_kernels() -> None:
     assert [len(lowered("1.5b", "down", tokens, 2)[1]) for tokens in (40, 64, 200)] == [2, 0, 0]
 
