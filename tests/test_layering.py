@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import statistics
 import subprocess
 import sys
@@ -147,6 +148,18 @@ def test_bookkeeping_does_not_import_jax() -> None:
     search = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]}\n"
     result = subprocess.run([sys.executable, "-c", search + program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_lists_every_module_of_the_package() -> None:
+    listed, folder = set[str](), ""
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if match := re.match(r"(\S+/) {2,}", line):
+            folder = match[1]
+        elif match := re.match(r"  (\w+\.py) {2,}", line):
+            listed.add(folder + match[1])
+    files = [path.relative_to(ROOT) for folder in ("qwen2_jax", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    expected = {str(path) for path in files if path.name != "__init__.py"}
+    assert {name for name in listed if name.startswith(("qwen2_jax/", "scripts/"))} == expected
 
 
 @pytest.mark.parametrize("folder", MAX_FILE_LINES)

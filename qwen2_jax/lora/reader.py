@@ -13,7 +13,7 @@ from qwen2_jax.lora.config import AdapterConfig
 from qwen2_jax.lora.files import CONFIG, read_config, read_entries, weights_file
 from qwen2_jax.lora.keys import CLASSIFICATION_HEADS, EMBED_TOKENS, LM_HEAD, SCORE, Part, TensorKey, parse_key
 from qwen2_jax.lora.targets import Target, targets
-from qwen2_jax.lora.weights import Weights, read_weights
+from qwen2_jax.lora.tensors import Weights, read_weights
 from qwen2_jax.models.checkpoint import TensorEntry
 from qwen2_jax.models.safetensors_reader import DTYPES
 

@@ -10,7 +10,7 @@ import pytest
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.files import read_config, read_entries, resolve_adapter, weights_file
 from qwen2_jax.lora.reader import read_adapter
-from qwen2_jax.lora.weights import read_weights
+from qwen2_jax.lora.tensors import read_weights
 from qwen2_jax.models import hub
 from tests.lora.adapters import GOLDEN, Q_PROJ, base_config, small_tensors, write_adapter
 
@@ -117,6 +117,19 @@ def test_the_digest_changes_with_any_byte_of_the_weights(at: int, digest: str, t
     content[at] ^= 1
     (tmp_path / WEIGHTS).write_bytes(content)
     assert digest_adapter(tmp_path) != digest
+
+
+def test_a_changed_byte_of_the_header_changes_the_digest_or_is_an_error(digest: str, tmp_path: Path) -> None:
+    content = (tmp_path / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    outcomes = set[str]()
+    for at in range(header):
+        (tmp_path / WEIGHTS).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            outcomes.add(digest_adapter(tmp_path))
+        except AdapterError:
+            outcomes.add("error")
+    assert digest not in outcomes and "error" in outcomes and len(outcomes) > 10
 
 
 def test_the_digest_changes_with_a_tensors_name(digest: str, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  # makes bfloat16 a dtype that numpy knows by name
+import ml_dtypes
 import numpy as np
 
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.config import AdapterConfig
 from qwen2_jax.models.checkpoint import TensorEntry
-from qwen2_jax.models.safetensors_reader import DTYPES
 
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _PIECE, _THREADS = 4 << 20, 8
 """Bytes that a thread reads, hashes or looks at in a call, and how many threads do."""
 
@@ -88,15 +88,16 @@ def _views(content: np.ndarray, entries: Mapping[str, TensorEntry]) -> tuple[dic
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header, data = json.loads(content[8:start].tobytes()), content[start:]
     arrays: dict[str, np.ndarray] = {}
-    runs: list[tuple[str, int, int]] = []
+    runs: list[tuple[np.dtype, int, int]] = []
     for name in sorted(entries, key=lambda name: header[name]["data_offsets"]):
-        entry, (first, end) = entries[name], header[name]["data_offsets"]
-        if (DTYPES[header[name]["dtype"]][0], tuple(header[name]["shape"])) != (entry.dtype, entry.shape):
+        entry, found = entries[name], header[name]
+        dtype, (first, end) = _DTYPES[found["dtype"]], found["data_offsets"]
+        if (dtype.name, tuple(found["shape"])) != (entry.dtype, entry.shape):
             raise ValueError(f"the tensor {name!r} is another")
-        arrays[name] = data[first:end].view(entry.dtype).reshape(entry.shape)
-        if runs and (runs[-1][0], runs[-1][2]) == (entry.dtype, first):
+        arrays[name] = data[first:end].view(dtype).reshape(entry.shape)
+        if runs and (runs[-1][0], runs[-1][2]) == (dtype, first):
             first = runs.pop()[1]
-        runs.append((entry.dtype, first, end))
+        runs.append((dtype, first, end))
     return arrays, [data[first:end].view(dtype) for dtype, first, end in runs]
 
 

@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen2_jax.errors import AdapterError
-from qwen2_jax.lora import weights
+from qwen2_jax.lora import tensors as reading
 from qwen2_jax.lora.config import AdapterConfig
 from qwen2_jax.lora.files import read_config, read_entries
-from qwen2_jax.lora.weights import Weights, read_weights
+from qwen2_jax.lora.tensors import Weights, read_weights
 from tests.lora.adapters import write_adapter
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> AdapterConfig:
 
 @pytest.fixture(params=[8, 64, 4 << 20])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(weights, "_PIECE", request.param)
+    monkeypatch.setattr(reading, "_PIECE", request.param)
     return request.param
 
 
@@ -83,7 +83,7 @@ def test_a_file_that_gets_shorter_under_the_reader_says_so(tmp_path: Path) -> No
     file = tmp_path / "x"
     file.write_bytes(bytes(100))
     with file.open("rb") as stream, pytest.raises(OSError, match="ends after 100 bytes"):
-        weights._read_piece(stream.fileno(), np.empty(64, np.uint8), 64)
+        reading._read_piece(stream.fileno(), np.empty(64, np.uint8), 64)
 
 
 def test_a_file_that_is_gone_says_so(config: AdapterConfig, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
