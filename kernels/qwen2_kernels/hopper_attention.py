@@ -17,8 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen2_kernels.hopper_config import ALIGNMENT, Config, Mask
 from qwen2_kernels.hopper_program import Locate, program
+from qwen2_kernels.lowering import lowered_once
 
 
+@functools.partial(lowered_once, static_argnames=("config", "copies", "locate", "mask", "out_scale", "scale"))
 def attend(
     q: Array,
     k: Array,
@@ -40,7 +42,7 @@ def attend(
         tiles: what `hopper_tiles.make_tiles` returns.
         indices: what else `locate` reads, in the GPU's memory.
         locate: `locate(tile, position, *indices)` returns where on S each of a block's `copies` equal parts starts: a
-            multiple of 8. The block holds the keys from `position` on.
+            multiple of 8. The block holds the keys from `position` on. Equal ones (`==`) do the same.
         copies: how many parts a block has.
         scale, out_scale: what logits and results are multiplied by.
         mask: which keys a query sees.

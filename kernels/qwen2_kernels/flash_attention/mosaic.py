@@ -37,7 +37,6 @@ def flash_attention_mosaic(
     return _run(q, k, v, query_start_loc, scale=scale, window=window, causal=causal, config=config or Config())
 
 
-# A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("causal", "config", "scale", "window"))
 def _run(
     q: Array,

@@ -22,6 +22,7 @@ from qwen2_kernels.linear.mosaic_config import ALIGNMENT, MAX_ACCUMULATORS, Mosa
 from qwen2_kernels.linear.mosaic_program import Plan, program
 from qwen2_kernels.linear.mosaic_support import supported
 from qwen2_kernels.linear.xla import add_epilogue
+from qwen2_kernels.lowering import lowered_once
 from qwen2_kernels.rms_norm.xla import rms_norm_xla
 
 
@@ -80,7 +81,6 @@ def add_partial_sums(partial_sums: Array) -> Array:
     return functools.reduce(operator.add, (partial_sums[part] for part in range(partial_sums.shape[0])))
 
 
-# A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
 def _run(x: Array, kernel: Array, num_tokens: Array | None, *, out_dtype: jnp.dtype, config: MosaicConfig) -> Array:
     """Return [T, N], gated if the kernel is [2, N, D]; with `split_k` > 1 float32 partial sums [split_k, T, N]."""
@@ -91,11 +91,14 @@ def _run(x: Array, kernel: Array, num_tokens: Array | None, *, out_dtype: jnp.dt
     check(plan, out_dtype)
     shape = (x.shape[0], plan.out_features)
     out_type = jax.ShapeDtypeStruct((config.split_k, *shape) if config.split_k > 1 else shape, out_dtype)
-    if num_tokens is None or plan.tiles_t == 1:
-        out = make_kernel(plan, out_type, functools.partial(program, plan=plan))(x, kernel)
-    else:
-        out = make_kernel(plan, out_type, functools.partial(_some_tiles, plan=plan))(x, kernel, num_tokens[None])
-    return out[..., :tokens, :]
+    counted = () if num_tokens is None or plan.tiles_t == 1 else (num_tokens[None],)
+    return _launch(x, kernel, *counted, plan=plan, out_type=out_type)[..., :tokens, :]
+
+
+@functools.partial(lowered_once, static_argnames=("out_type", "plan"))
+def _launch(x: Array, kernel: Array, *num_tokens: Array, plan: Plan, out_type: jax.ShapeDtypeStruct) -> Array:
+    body = _some_tiles if num_tokens else program
+    return make_kernel(plan, out_type, functools.partial(body, plan=plan))(x, kernel, *num_tokens)
 
 
 def _some_tiles(x_gmem: Any, kernel_gmem: Any, num_tokens_gmem: Any, out_gmem: Any, **options: Any) -> None:

@@ -24,6 +24,7 @@ from qwen2_kernels.lora.batch import GATE_UP_PROJECTION, RANKS, LoRABatch
 from qwen2_kernels.lora.config import default_config as default_lora_config
 from qwen2_kernels.lora.triton_lora import shrink
 from qwen2_kernels.lora.triton_window import window_ranks_kernel
+from qwen2_kernels.lowering import lowered_once
 
 PARTS = 2
 """Gate and up."""
@@ -96,7 +97,6 @@ def window_ranks(ranks: Array, batch: LoRABatch, dtype: jnp.dtype) -> Array:
     )
 
 
-# A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("config",))
 def add_and_gate(
     x: Array,
@@ -117,7 +117,13 @@ def add_and_gate(
     x = jnp.pad(x, ((0, -tokens % ALIGNMENT), (0, 0)))
     plan = Plan(config=config, tokens=x.shape[0], out_features=kernel.shape[1], in_features=x.shape[1], gated=True)
     check(plan, x.dtype)
-    layout = swizzled(RANKS, x.dtype)
+    counted = jnp.full(1, tokens, jnp.int32) if num_tokens is None else num_tokens[None]
+    return _launch(x, kernel, ranks, b_bank, pages, windows, counted, plan=plan)[:tokens]
+
+
+@functools.partial(lowered_once, static_argnames=("plan",))
+def _launch(x: Array, *arrays: Array, plan: Plan) -> Array:
+    config, layout = plan.config, swizzled(RANKS, x.dtype)
     launch = make_kernel(
         plan,
         jax.ShapeDtypeStruct((x.shape[0], plan.out_features), x.dtype),
@@ -127,8 +133,7 @@ def add_and_gate(
         page_full=plgpu.Barrier(num_arrivals=2 * PARTS, num_barriers=PAGE_STAGES),
         page_empty=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=PAGE_STAGES),
     )
-    counted = jnp.full(1, tokens, jnp.int32) if num_tokens is None else num_tokens[None]
-    return launch(x, kernel, ranks, b_bank, pages, windows, counted)[:tokens]
+    return launch(x, *arrays)
 
 
 def _program(

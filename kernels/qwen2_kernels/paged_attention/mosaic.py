@@ -1,6 +1,7 @@
 """`paged_attention` of rows with several queries on Hopper's tensor cores: see `hopper_attention`."""
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,6 @@ def paged_attention_mosaic(
     )
 
 
-# A jitted function is lowered once for all of a model's layers, and so is the kernel compiled once.
 @functools.partial(jax.jit, static_argnames=("causal", "config", "out_scale", "scale", "skip_single", "window"))
 def _run(
     q: Array,
@@ -114,7 +114,7 @@ def _run(
         v_pool.reshape(-1, *v_pool.shape[2:]),
         make_tiles(query_start_loc, q.shape[0], rows, mask=mask, config=config, skip_single=skip_single),
         block_tables,
-        locate=functools.partial(_locate, block_size, kv_tile),
+        locate=_Pages(block_size=block_size, kv_tile=kv_tile),
         copies=max(kv_tile // block_size, 1),
         scale=scale,
         out_scale=out_scale,
@@ -124,14 +124,19 @@ def _run(
     return out.reshape(q.shape)
 
 
-def _locate(block_size: int, kv_tile: int, tile: Tile, position: Array, block_tables: Array) -> tuple[Array, ...]:
-    """A block's pages. Behind the row's last page, where the table's entries may be anything, that one is copied."""
-    last = lax.div(tile.clean_stop - 1, jnp.int32(block_size))
-    slots = []
-    for start in range(0, kv_tile, min(block_size, kv_tile)):
-        page, offset = (
-            lax.div(position + start, jnp.int32(block_size)),
-            lax.rem(position + start, jnp.int32(block_size)),
-        )
-        slots.append(block_tables[tile.row, jnp.minimum(page, last)] * block_size + offset)
-    return tuple(slots)
+@dataclass(frozen=True, kw_only=True)
+class _Pages:
+    """Where the pages of a block of keys lie."""
+
+    block_size: int
+    kv_tile: int
+
+    def __call__(self, tile: Tile, position: Array, block_tables: Array) -> tuple[Array, ...]:
+        """Return each page's slot. Behind the row's last one, where the table's entries may be anything, it is that."""
+        size = jnp.int32(self.block_size)
+        last = lax.div(tile.clean_stop - 1, size)
+        slots = []
+        for start in range(0, self.kv_tile, min(self.block_size, self.kv_tile)):
+            page, offset = lax.div(position + start, size), lax.rem(position + start, size)
+            slots.append(block_tables[tile.row, jnp.minimum(page, last)] * self.block_size + offset)
+        return tuple(slots)
