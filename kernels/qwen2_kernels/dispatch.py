@@ -43,10 +43,16 @@ def by_platform(*arrays: Any, gpu: Callable[..., Any], elsewhere: Callable[..., 
 
     Under a mesh the platform is known and only one of them is traced; else both are, and lowering chooses.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
+    platform = mesh_platform()
+    if platform is None:
         return jax.lax.platform_dependent(*arrays, cuda=gpu, default=elsewhere)
-    return (gpu if device.platform in ("gpu", "cuda") else elsewhere)(*arrays)
+    return (gpu if platform == "gpu" else elsewhere)(*arrays)
+
+
+def mesh_platform() -> str | None:
+    """Return the platform of the mesh that a program is traced for, whose devices need not be here, or None."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
 
 
 def _by_platform(gpu: Implementation, elsewhere: Implementation, *arrays: Any, **options: Any) -> Any:

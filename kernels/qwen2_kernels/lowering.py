@@ -14,6 +14,8 @@ import jax
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from qwen2_kernels.dispatch import mesh_platform
+
 _CUSTOM_CALL = "mosaic_gpu_v2"
 _IGNORES_OLDER_VERSIONS = "jax_export_ignore_forward_compatibility"
 _LOCK = threading.Lock()
@@ -30,13 +32,12 @@ def lowered_once[**A, O](launch: Callable[A, O], *, static_argnames: tuple[str, 
     @functools.wraps(launch)
     def run(*arrays: Any, **options: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        device = mesh.abstract_device
-        if mesh.empty or device is None or device.platform != "gpu":  # without a mesh, an interpreter may run it
+        if mesh.empty or mesh_platform() != "gpu":  # without a mesh, an interpreter may run it
             return jitted(*arrays, **options)
         leaves, structure = jax.tree.flatten(arrays)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
         with _LOCK:
-            exported = _export(launch, device, structure, shapes, tuple(sorted(options.items())))
+            exported = _export(launch, mesh.abstract_device, structure, shapes, tuple(sorted(options.items())))
         return exported.call(*arrays)
 
     return run  # pyright: ignore[reportReturnType]

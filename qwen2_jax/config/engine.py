@@ -42,10 +42,9 @@ class LoadConfig:
     runner: Runner = "auto"
     """`"pooling"` makes an embeddings model of a language model; `"auto"` goes by the architecture."""
     use_tqdm_on_load: bool = True
-    compile_workers: int | None = 0
-    """Processes that compile programs beside this one; 0: none, threads of this process compile all. None: as many as
-    the cores and the memory allow on a GPU, none on a CPU. On a GPU they time cuBLAS's candidates at the same time, and
-    may choose worse ones, which are then kept."""
+    lowering_workers: int | None = 0
+    """Processes that trace and lower programs, which this one compiles; 0: this one lowers them, too. None: as many as
+    the host's cores and memory allow where there is a GPU, which they do not touch; none on a CPU."""
 
     def __post_init__(self) -> None:
         _check_choice("load_format", self.load_format, get_args(LoadFormat))
@@ -55,7 +54,7 @@ class LoadConfig:
         _check_type("hf_token", self.hf_token, str | bool | None, "a string, True, False or None")
         _check_type("hf_overrides", self.hf_overrides, Mapping | None, "a dict or None")
         _check_type("use_tqdm_on_load", self.use_tqdm_on_load, bool, "True or False")
-        _check_int("compile_workers", self.compile_workers, 0, 64, optional=True)
+        _check_int("lowering_workers", self.lowering_workers, 0, 64, optional=True)
 
     def resolve_dtype(self, checkpoint_dtype: str, platform: str) -> str:
         """Return the dtype that weights and activations have on `platform`."""

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
 from qwen2_jax.engine.block_manager import peak_blocks
 from qwen2_jax.engine.compilation import use_persistent_cache
-from qwen2_jax.engine.compile_pool import CompilePool, choose_workers, fitting_workers
 from qwen2_jax.engine.engine import Engine
 from qwen2_jax.engine.input_processor import InputProcessor
+from qwen2_jax.engine.lowering_pool import LoweringPool, choose_workers
 from qwen2_jax.engine.model_loader import LoadedModel, load_model, model_config
 from qwen2_jax.engine.model_runner import ModelRunner
 from qwen2_jax.engine.schedule import SchedulerConfig
@@ -42,8 +42,6 @@ from qwen2_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_JAX_MEMORY_FRACTION = 0.75
-"""What JAX takes of a GPU where that is not set."""
 
 
 def build_engine(
@@ -62,7 +60,7 @@ def build_engine(
     platform = jax.default_backend()
     dtype = jnp.dtype(load.resolve_dtype(model.dtype, platform))
     config = options.resolve(model, platform, skips_padding=skips_padding(dtype))
-    with _compile_pool(load.compile_workers) as pool:  # its processes get ready while weights are read
+    with _lowering_pool(load.lowering_workers, platform) as pool:  # its processes get ready while weights are read
         loaded = load_model(checkpoint, model, load, options)
         logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
         limits = _scheduler_config(model, config)
@@ -87,26 +85,12 @@ def build_engine(
     return Engine(runner, scheduler, inputs, tokenizer, adapters), model, config
 
 
-def _compile_pool(count: int | None) -> AbstractContextManager[CompilePool | None]:
-    """Start `count` compile workers, or, with None, as many as this machine has room for."""
-    if count == 0:
-        return nullcontext()
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    fraction = float(os.environ.get(_MEMORY_FRACTION, _JAX_MEMORY_FRACTION))
-    left = None if limit is None else int(limit / fraction - limit)
+def _lowering_pool(count: int | None, platform: str) -> AbstractContextManager[LoweringPool | None]:
+    """Start `count` lowering workers, or, with None, as many as this machine has room for."""
     if count is None:
-        count = choose_workers(
-            platform=jax.default_backend(),
-            cores=os.cpu_count() or 1,
-            host_bytes=psutil.virtual_memory().available,
-            device_bytes=left,
-        )
-    elif left is not None and count > fitting_workers(left):
-        raise ConfigError(
-            f"compile_workers={count} do not fit into the {left / 2**30:.1f} GiB of a GPU that gpu_memory_utilization "
-            f"leaves; use at most {fitting_workers(left)}, or a lower gpu_memory_utilization"
-        )
-    return CompilePool(count) if count else nullcontext()
+        cores, memory = os.cpu_count() or 1, psutil.virtual_memory().available
+        count = choose_workers(platform=platform, cores=cores, host_bytes=memory)
+    return LoweringPool(count) if count else nullcontext()
 
 
 def read_checkpoint(path: Path, load: LoadConfig) -> Checkpoint:

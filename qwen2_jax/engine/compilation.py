@@ -1,7 +1,4 @@
-"""Compiles the device programs ahead of time, in parallel, and counts what is compiled after that.
-
-Threads of this process compile; those of `compile_pool.py`'s processes, where there are any, run `compile_program` too.
-"""
+"""Compiles the device programs ahead of time, in parallel, and counts what is compiled after that."""
 
 import os
 import threading
@@ -70,12 +67,12 @@ def compile_programs[K](
     cache: ExecutableCache | None,
     *,
     use_tqdm: bool,
-    elsewhere: Callable[[list[K]], Iterable[K]] | None = None,
+    lowered: Callable[[list[K]], Iterable[tuple[K, ProgramSpec]]] | None = None,
 ) -> dict[K, jax.stages.Compiled]:
     """Load from `cache` or compile all of `specs`, in as many threads as there are cores, with a progress bar.
 
-    `elsewhere` is for programs that the cache lacks: it has other processes put them there, and yields each key when
-    that is done or given up. A program that the cache still lacks then is compiled here.
+    `lowered` is for programs that the cache lacks: it yields each with the spec to compile, which other processes may
+    have lowered.
 
     What JAX's own cache gave is not kept a second time: such a program, serialised again, may load and then not run.
     """
@@ -85,23 +82,22 @@ def compile_programs[K](
         if event == _CACHE_HIT_EVENT:
             from_jax.hit = True
 
-    def load_or_compile(key: K) -> jax.stages.Compiled:
+    def load_or_compile(key: K, spec: ProgramSpec) -> jax.stages.Compiled:
         if cache is None:
-            return compile_program(specs[key], mesh)
+            return compile_program(spec, mesh)
         found = cache.load(repr(key))
         if found is not None:
             return found
         from_jax.hit = False
-        program = compile_program(specs[key], mesh)
+        program = compile_program(spec, mesh)
         if not from_jax.hit:
             cache.save(repr(key), program)
         return program
 
-    def in_turn() -> Iterator[K]:
-        missing = [] if cache is None or elsewhere is None else [key for key in specs if repr(key) not in cache]
-        yield from (key for key in specs if key not in missing)
-        if elsewhere is not None and missing:
-            yield from elsewhere(missing)
+    def in_turn() -> Iterator[tuple[K, ProgramSpec]]:
+        missing = {key: spec for key, spec in specs.items() if cache is None or repr(key) not in cache}
+        yield from ((key, spec) for key, spec in specs.items() if key not in missing)
+        yield from missing.items() if lowered is None or not missing else lowered([*missing])
 
     futures: dict[K, Future[jax.stages.Compiled]] = {}
     jax.monitoring.register_event_listener(note_hit)
@@ -110,8 +106,8 @@ def compile_programs[K](
             ThreadPoolExecutor(max_workers=os.cpu_count()) as threads,
             tqdm(total=len(specs), desc="Compiling", unit="program", disable=not use_tqdm) as progress,
         ):
-            for key in in_turn():
-                futures[key] = threads.submit(load_or_compile, key)
+            for key, spec in in_turn():
+                futures[key] = threads.submit(load_or_compile, key, spec)
                 futures[key].add_done_callback(lambda _: progress.update())
             return {key: futures[key].result() for key in specs}
     finally:

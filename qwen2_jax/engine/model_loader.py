@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig
 from qwen2_jax.errors import ConfigError
@@ -63,9 +63,9 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, load: LoadConfig, en
     return LoadedModel(config=config, graphdef=graphdef, params=params, mesh=mesh, dtype=dtype)
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh, dtype: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def abstract_model(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Return a model's NNX structure and, as a pure dict, its weights' shapes, dtypes and shardings over `mesh`."""
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = nnx.eval_shape(lambda: model_class(config)(config, tp=mesh.shape[TP], dtype=jnp.dtype(dtype)))
     graphdef, state = nnx.split(model)
 

@@ -5,6 +5,7 @@ launches, and each finds the tokens of the one before in the per-request state, 
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from qwen2_jax.cache.kv_cache import PoolLayout, count_blocks
 from qwen2_jax.config import ResolvedConfig
 from qwen2_jax.engine.adapter_tables import changes_vocab, has_vectors, uses_adapters
 from qwen2_jax.engine.batch_builder import BatchBuilder
-from qwen2_jax.engine.compilation import CompilationCounter, compile_programs
-from qwen2_jax.engine.compile_pool import CompilePool
+from qwen2_jax.engine.compilation import CompilationCounter, ProgramSpec, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
+from qwen2_jax.engine.lowered_programs import import_program
+from qwen2_jax.engine.lowering_pool import LoweringPool
 from qwen2_jax.engine.model_loader import LoadedModel
 from qwen2_jax.engine.program_facts import ProgramFacts, initializer, make_programs
 from qwen2_jax.engine.program_specs import WITH_ADAPTERS, WITH_VECTORS, ProgramKey, abstract
@@ -72,8 +74,8 @@ class ModelRunner:
         self._kv_cache: KVCache = ()
         self._counter = CompilationCounter()
 
-    def compile(self, pool: CompilePool | None = None, *, use_tqdm: bool = True) -> None:
-        """Compile every program, those that are not kept in the processes of `pool`, and allocate the cache."""
+    def compile(self, pool: LoweringPool | None = None, *, use_tqdm: bool = True) -> None:
+        """Compile every program, of which `pool` lowers those that are not kept, and allocate the cache."""
         self._compile(pool, use_tqdm)
         if self._adapters is not None:
             self._adapters.compile()
@@ -85,20 +87,21 @@ class ModelRunner:
             self._compile(pool, use_tqdm)
         self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
 
-    def _compile(self, pool: CompilePool | None, use_tqdm: bool) -> None:
+    def _compile(self, pool: LoweringPool | None, use_tqdm: bool) -> None:
         model, mesh = self._model, self._model.mesh
         facts = ProgramFacts(
             model=model.config, dtype=model.dtype, config=self._config, num_blocks=self.num_blocks, lora=self._lora
         )
-        folder = pool.scratch if pool is not None and self._cache_directory is None else self._cache_directory
-        cache = None if folder is None else ExecutableCache(folder, mesh, facts)
-        self._compiled = compile_programs(
-            facts.table(mesh, self._programs, self._params_spec).specs(),
-            mesh,
-            cache,
-            use_tqdm=use_tqdm,
-            elsewhere=None if pool is None or folder is None else lambda keys: pool.compile(facts, folder, keys),
-        )
+        specs = facts.table(mesh, self._programs, self._params_spec).specs()
+        cache = None if self._cache_directory is None else ExecutableCache(self._cache_directory, mesh, facts)
+
+        def lowered(keys: list[ProgramKey]) -> Iterator[tuple[ProgramKey, ProgramSpec]]:
+            assert pool is not None
+            for key, data in pool.lower(facts, mesh.abstract_mesh, keys):
+                yield key, specs[key] if data is None else import_program(data, specs[key])
+
+        lowers = None if pool is None else lowered
+        self._compiled = compile_programs(specs, mesh, cache, use_tqdm=use_tqdm, lowered=lowers)
 
     @property
     def num_compilations(self) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from qwen2_jax.engine.compilation import ProgramSpec, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
+from qwen2_jax.engine.lowered_programs import export_program, import_program
 from qwen2_jax.parallel import make_mesh, replicated
 
 MESH = make_mesh(1)
@@ -72,21 +73,22 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert ExecutableCache(tmp_path / "deep" / "folder", MESH).read("workspace") == b"123"
 
 
-def test_other_processes_are_asked_for_what_is_not_kept(tmp_path: Path) -> None:
-    """What they keep is loaded; what they leave out is compiled here; who has all asks nobody."""
-    factors = {"kept": fresh(), "elsewhere": fresh(), "left out": fresh()}
+def test_what_is_not_kept_is_compiled_as_others_have_lowered_it(tmp_path: Path) -> None:
+    """What they leave as it was is lowered here; who has all asks nobody."""
+    factors = {"kept": fresh(), "lowered": fresh(), "left": fresh()}
     specs = {name: spec(factor) for name, factor in factors.items()}
     asked: list[list[str]] = []
 
-    def elsewhere(missing: list[str]) -> Iterator[str]:
+    def lowered(missing: list[str]) -> Iterator[tuple[str, ProgramSpec]]:
         asked.append(missing)
-        compile_programs({"elsewhere": specs["elsewhere"]}, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False)
-        yield from missing
+        for name in missing:
+            spec = specs[name]
+            yield name, import_program(export_program(spec, MESH.abstract_mesh), spec) if name == "lowered" else spec
 
     def run_all() -> dict[str, float]:
-        others = {name: spec(5.0) for name in ("kept", "elsewhere")}
+        others = {name: spec(5.0) for name in ("kept", "lowered")}
         programs = compile_programs(
-            specs | others, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False, elsewhere=elsewhere
+            specs | others, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False, lowered=lowered
         )
         ones = jax.device_put(jnp.ones(4), replicated(MESH))
         return {name: float(program(ones)[0]) for name, program in programs.items()}
@@ -94,4 +96,4 @@ def test_other_processes_are_asked_for_what_is_not_kept(tmp_path: Path) -> None:
     compile_programs({"kept": specs["kept"]}, MESH, ExecutableCache(tmp_path, MESH), use_tqdm=False)
     assert run_all() == factors
     assert run_all() == factors
-    assert asked == [["elsewhere", "left out"]]
+    assert asked == [["lowered", "left"]]

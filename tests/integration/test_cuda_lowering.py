@@ -1,14 +1,20 @@
 """Whole steps of Qwen2.5-0.5B's geometry lower for an H100 on a machine without one, through the kernels."""
 
+import re
+from collections import Counter
 from typing import Any
 
+import jax
 import jax_triton
 import pytest
 from qwen2_kernels.specs import QWEN2_5
 
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.engine.lowered_programs import import_program
+from qwen2_jax.engine.lowering_worker import LoweringWorker, abstract_programs
+from qwen2_jax.engine.program_specs import ProgramKey
 from qwen2_jax.lora.sizes import LoRASizes
-from tests.integration.cuda_lowering import lower_step
+from tests.integration.cuda_lowering import MESH, lower_step, step_facts
 
 SIZES = QWEN2_5["0.5b"]
 MODEL = ModelConfig.from_hf(
@@ -72,3 +78,36 @@ def test_a_step_with_adapters_lowers_through_theirs(
     lower_step(MODEL, (name, size), lora=LORA, max_model_len=2048)
     assert {"shrink_dot_kernel", "expand_dot_kernel", gated} <= launched
     assert len(launched & {"gated_dot_kernel", "window_ranks_kernel"}) == 1
+
+
+def test_what_a_worker_lowers_is_the_step() -> None:
+    """It has the step's kernels, as often and from the same modules, and donates what the step donates."""
+    keys: list[ProgramKey] = [("decode_greedy", 8), ("decode_greedy_lora", 8), ("prefill_lora", 512)]
+    facts = step_facts(MODEL, lora=LORA, max_model_len=2048)
+    specs = abstract_programs(facts, MESH)
+    for key, data, error in LoweringWorker().work(facts, MESH, keys):
+        assert error is None and data is not None
+        spec = import_program(data, specs[key])
+        with jax.sharding.use_abstract_mesh(MESH):
+            program = jax.jit(spec.function, donate_argnums=spec.donated).trace(*spec.arguments)
+            text = program.lower(lowering_platforms=("cuda",)).as_text()
+        own = lower_step(MODEL, key, lora=LORA, max_model_len=2048)
+        assert jax.tree.structure(program.out_info) == jax.tree.structure(own.out_info)
+        assert launches(text) == launches(own.as_text()) != Counter()
+        assert donations(text) == donations(own.as_text()) > 0
+
+
+def test_a_worker_says_what_it_cannot_lower() -> None:
+    facts = step_facts(MODEL, max_model_len=2048)
+    unknown, known = LoweringWorker().work(facts, MESH, [("decode", 7), ("set_token_ids", 0)])
+    assert unknown == (("decode", 7), None, "KeyError: ('decode', 7)")
+    assert known[0] == ("set_token_ids", 0) and known[1] is not None and known[2] is None
+
+
+def launches(text: str) -> Counter[str]:
+    """Count the launches of each kernel in a lowered program, by what it is compiled from."""
+    return Counter(re.findall(r'(?:kernel_hash|opaque) = "((?:[^"\\]|\\.)*)"', text))
+
+
+def donations(text: str) -> int:
+    return len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", text))

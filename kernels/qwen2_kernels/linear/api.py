@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_kernels.dispatch import select
+from qwen2_kernels.dispatch import mesh_platform, select
 from qwen2_kernels.hopper_config import unsupported_gpu
 from qwen2_kernels.launch import has_triton
 from qwen2_kernels.linear.activations import ACTIVATIONS
@@ -124,8 +124,7 @@ def linear_partial(
     if config is not None and implementation != "mosaic":
         raise ValueError(f"linear_partial: config is for implementation='mosaic', not {implementation!r}")
     if implementation == "auto":
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        splits = device is not None and device.platform == "gpu" and has_triton()
+        splits = mesh_platform() == "gpu" and has_triton()
         splits = splits and x.shape[0] <= FEW_TOKENS and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
         implementation = "mosaic" if splits else "whole"
     if implementation == "whole":

@@ -3,12 +3,11 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_kernels.dispatch import log_once
+from qwen2_kernels.dispatch import log_once, mesh_platform
 from qwen2_kernels.linear.api import linear
 from qwen2_kernels.linear.mosaic_config import MosaicConfig
 from qwen2_kernels.linear.mosaic_support import supported
@@ -62,7 +61,7 @@ def lora_linear_gated(
     if implementation == "mosaic" and reason is not None:
         raise NotImplementedError(f"lora_linear_gated: {reason}")
     if implementation == "auto":
-        reason = reason if _is_for_gpu() else "not traced for a mesh of GPUs"
+        reason = reason if mesh_platform() == "gpu" else "not traced for a mesh of GPUs"
         implementation = "mosaic" if reason is None else "separate"
         log_once("lora_linear_gated", implementation, reason or "on Hopper")
     if implementation == "separate":
@@ -73,12 +72,6 @@ def lora_linear_gated(
     from qwen2_kernels.lora.mosaic_gated import lora_linear_gated_mosaic
 
     return lora_linear_gated_mosaic(x, kernel, a_bank, b_bank, batch, num_tokens, activation=activation, config=config)
-
-
-def _is_for_gpu() -> bool:
-    """Return whether the program is traced for a mesh of GPUs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "gpu"
 
 
 def _unsupported(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qwen2_kernels.dispatch import mesh_platform
+
 # Tokens of context per iteration, and queries per tile, by platform. On a CPU a larger chunk falls out of its caches
 # (16 rows of SmolLM2: 17 ms for 64 tokens, 131 ms for 256); on a GPU each iteration costs several launches.
 CHUNK = {"cpu": 64, "gpu": 512}
@@ -138,7 +140,7 @@ def _attend_tile(
 
 
 def _platform() -> str:
-    return "cpu" if jax.default_backend() == "cpu" else "gpu"
+    return "cpu" if (mesh_platform() or jax.default_backend()) == "cpu" else "gpu"
 
 
 def _chunks(tokens: Array, chunk: int) -> Array:

@@ -1,4 +1,4 @@
-"""Whole engines whose programs other processes compile."""
+"""Whole engines whose programs other processes lower."""
 
 import dataclasses
 import logging
@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import pytest
 
-from qwen2_jax.engine import compilation
+from qwen2_jax.engine import model_runner
 from qwen2_jax.engine.compilation import ProgramSpec
-from qwen2_jax.engine.compile_pool import _Worker
+from qwen2_jax.engine.lowering_pool import _Worker
 from qwen2_jax.engine.model_loader import abstract_model
 from qwen2_jax.engine.model_runner import ModelRunner
 from qwen2_jax.engine.program_facts import ProgramFacts, make_programs
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def compiled_here(monkeypatch: pytest.MonkeyPatch) -> list[ProgramSpec]:
-    """The programs that this process compiles."""
+def imported(monkeypatch: pytest.MonkeyPatch) -> list[ProgramSpec]:
+    """The programs that come from workers."""
     specs: list[ProgramSpec] = []
-    compile_program = compilation.compile_program
+    import_program = model_runner.import_program
 
-    def compile_and_count(spec: ProgramSpec, mesh: Any) -> jax.stages.Compiled:
+    def import_and_count(data: bytes, spec: ProgramSpec) -> ProgramSpec:
         specs.append(spec)
-        return compile_program(spec, mesh)
+        return import_program(data, spec)
 
-    monkeypatch.setattr(compilation, "compile_program", compile_and_count)
+    monkeypatch.setattr(model_runner, "import_program", import_and_count)
     return specs
 
 
@@ -44,18 +44,17 @@ def check_tokens(llm: LLM, case: str) -> None:
     assert llm.num_compilations == 0
 
 
-def test_workers_compile_all(compiled_here: list[ProgramSpec]) -> None:
-    """Even what JAX's own cache knows, as it may from tests before this one."""
-    llm = load("tied", max_num_seqs=1, compile_workers=2)
-    assert compiled_here == []
+def test_workers_lower_all(imported: list[ProgramSpec]) -> None:
+    llm = load("tied", max_num_seqs=1, lowering_workers=2)
+    assert len(imported) == len(llm._engine.engine.runner.programs)
     check_tokens(llm, "tied")
     llm.shutdown()
 
 
-def test_workers_compile_for_adapters_on_two_devices(tmp_path: Path, compiled_here: list[ProgramSpec]) -> None:
+def test_workers_lower_for_adapters_on_two_devices(tmp_path: Path, imported: list[ProgramSpec]) -> None:
     options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16, "max_vocab_loras": 1, "max_full_vocab": 1}
-    llm = load("heads_7_1", max_num_seqs=1, tensor_parallel_size=2, compile_workers=2, **options)
-    assert compiled_here == []
+    llm = load("heads_7_1", max_num_seqs=1, tensor_parallel_size=2, lowering_workers=2, **options)
+    assert len(imported) == len(llm._engine.engine.runner.programs)
     check_facts(llm._engine.engine.runner)
     check_tokens(llm, "heads_7_1")
     text = read_texts("heads_7_1")[0]
@@ -85,7 +84,7 @@ def check_facts(runner: ModelRunner) -> None:
 
 
 def test_an_engine_starts_without_a_worker_that_was_killed(
-    compiled_here: list[ProgramSpec], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    imported: list[ProgramSpec], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     receive = _Worker._receive
 
@@ -96,8 +95,8 @@ def test_an_engine_starts_without_a_worker_that_was_killed(
 
     monkeypatch.setattr(_Worker, "_receive", receive_and_kill)
     with caplog.at_level(logging.WARNING):
-        llm = load("tied", max_num_seqs=1, compile_workers=1)
-    assert "compile worker 0 has ended, status -9" in caplog.text
-    assert 0 < len(compiled_here) < len(llm._engine.engine.runner.programs)
+        llm = load("tied", max_num_seqs=1, lowering_workers=1)
+    assert "lowering worker 0 has ended, status -9" in caplog.text
+    assert 0 < len(imported) < len(llm._engine.engine.runner.programs)
     check_tokens(llm, "tied")
     llm.shutdown()
