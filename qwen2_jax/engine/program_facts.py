@@ -1,7 +1,7 @@
 """What a model's programs are made from, in a form that another process understands, and the programs made from it.
 
 `ProgramFacts` has no arrays and no devices. It is the key under which programs are kept on disk, and it is what a
-compile worker is sent: whoever has equal facts and equal devices makes equal programs.
+lowering worker is sent: whoever has equal facts and equal devices makes equal programs.
 """
 
 from collections.abc import Callable
