@@ -56,6 +56,21 @@ def test_a_step_lowers_through_the_kernels(name: str, size: int, has_mosaic: boo
     assert ("mosaic_gpu" in text) is has_mosaic
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each Triton kernel is launched in what is traced."""
+    jax.clear_caches()  # another test may have traced the same layer
+    launches: Counter[str] = Counter()
+    call = jax_triton.triton_call
+
+    def record(*arguments: Any, kernel: Any, **options: Any) -> Any:
+        launches[kernel.fn.__name__] += 1
+        return call(*arguments, kernel=kernel, **options)
+
+    monkeypatch.setattr(jax_triton, "triton_call", record)
+    return launches
+
+
 @pytest.mark.parametrize(
     "name, size, gated",
     [
@@ -64,20 +79,21 @@ def test_a_step_lowers_through_the_kernels(name: str, size: int, has_mosaic: boo
         ("prefill_lora_vectors", 512, "gated_dot_kernel"),
     ],
 )
-def test_a_step_with_adapters_lowers_through_theirs(
-    name: str, size: int, gated: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched: set[str] = set()
-    call = jax_triton.triton_call
-
-    def record(*arguments: Any, kernel: Any, **options: Any) -> Any:
-        launched.add(kernel.fn.__name__)
-        return call(*arguments, kernel=kernel, **options)
-
-    monkeypatch.setattr(jax_triton, "triton_call", record)
+def test_a_step_with_adapters_lowers_through_theirs(name: str, size: int, gated: str, launched: Counter[str]) -> None:
     lower_step(MODEL, (name, size), lora=LORA, max_model_len=2048)
-    assert {"shrink_dot_kernel", "expand_dot_kernel", gated} <= launched
-    assert len(launched & {"gated_dot_kernel", "window_ranks_kernel"}) == 1
+    assert {"shrink_dot_kernel", "expand_dot_kernel", gated} <= set(launched)
+    assert len(set(launched) & {"gated_dot_kernel", "window_ranks_kernel"}) == 1
+
+
+def test_one_token_is_normalised_inside_its_projections(launched: Counter[str]) -> None:
+    """Only the last norm, whose projection is the vocabulary's, is a launch of its own; layers are traced twice."""
+    lower_step(MODEL, ("decode_greedy", 1), max_model_len=2048)
+    assert launched == {
+        "gemv_kernel": 2 * 4 + 1,
+        "_write_kv_kernel": 2,
+        "_decode_kernel": 2,
+        "rms_norm_kernel": 1,
+    }
 
 
 def test_what_a_worker_lowers_is_the_step() -> None:

@@ -68,6 +68,17 @@ def test_one_launch(kind: str, residual: bool) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_the_only_part_of_one_token_needs_no_launch_to_add_it() -> None:
+    """A layer's projections give [1, 1, D] for one token; its norms must not cost a launch each for that."""
+    arguments = draw(1, "plain", residual=True)
+    given = to_arrays(arguments | {"x": arguments["x"][None]})
+    with triton_interpreter():
+        out, total = norm_linear(**given, eps=EPS, partial=True, implementation="triton")
+    expected = formula(**arguments)
+    np.testing.assert_allclose(out.sum(axis=0), expected[0], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(total, expected[1], rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("implementation", ["auto", "reference", "separate"])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_partial_sums_in_and_out(tokens: int, implementation: str) -> None:
