@@ -14,6 +14,7 @@ help:
 	@echo 'make lint        lint and formatting alone'
 	@echo 'make format      apply the formatter and the fixes that ruff knows'
 	@echo 'make lock        resolve the locked versions in requirements/ again'
+	@echo 'make .venv/gpu-compiler.stamp  install what scripts/gpu_programs.py compiles with for a GPU that is not here'
 	@echo 'make clean       remove .venv and every cache'
 
 demo: .venv/demo.stamp
@@ -24,7 +25,7 @@ train-demo: .venv/dev.stamp
 	@$(TRAIN) --data scripts/data/json.json --out demo/adapters/json --steps 75
 	@$(TRAIN) --data scripts/data/one-word.json --out demo/adapters/one-word --steps 75
 
-test: lint types
+test: lint types .venv/gpu-compiler.stamp
 	@$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: .venv/dev.stamp

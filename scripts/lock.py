@@ -1,6 +1,7 @@
 """Resolve what pyproject.toml asks for into the exact versions of requirements/demo.txt and requirements/dev.txt.
 
-Each file is complete, so that it installs with `pip install --no-deps`. dev.txt builds on demo.txt. Run by `make lock`.
+Each file is complete, so that it installs with `pip install --no-deps`. dev.txt builds on demo.txt; gpu-compiler.txt
+has the part of JAX's CUDA plugin that compiles, in the version of the part that dev.txt has. Run by `make lock`.
 """
 
 import json
@@ -29,7 +30,7 @@ def write(name: str, lines: list[str]) -> None:
 
 
 def main() -> None:
-    """Write both lock files."""
+    """Write the lock files."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
     runtime = pyproject["build-system"]["requires"] + pyproject["project"]["dependencies"]
@@ -39,6 +40,8 @@ def main() -> None:
         raise SystemExit(f"the dev extra moves {sorted(changed)}: pin them in requirements/constraints.txt")
     write("demo.txt", sorted(demo | set(extras["demo"])))
     write("dev.txt", ["-r demo.txt", *sorted(dev - demo | {MACOS})])
+    [plugin] = (pin for pin in dev if pin.startswith("jax-cuda13-plugin=="))
+    write("gpu-compiler.txt", [plugin.replace("plugin", "pjrt")])
 
 
 if __name__ == "__main__":

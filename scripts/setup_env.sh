@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs requirements/NAME.txt and this checkout into it. Run by make:
+# Makes .venv and installs requirements/NAME.txt and this checkout into it; gpu-compiler goes into a folder of its own
+# there, because JAX would look for a GPU where it finds that. Run by make:
 #     bash scripts/setup_env.sh NAME [INTERPRETER]
 # Without an interpreter it takes the first suitable Python that it finds on this machine.
 set -euo pipefail
@@ -75,7 +76,11 @@ fi
 
 pip=(.venv/bin/python -m pip --disable-pip-version-check install --no-deps --no-compile)
 echo "installing requirements/$name.txt"
-total=$(sed '/^#/d; /^-r/d' requirements/demo.txt requirements/"$name".txt | sort -u | wc -l)
-"${pip[@]}" --only-binary=:all: -r requirements/"$name".txt | show_progress "$((total))"
-"${pip[@]}" --quiet --no-build-isolation --editable .
+if [ "$name" = gpu-compiler ]; then
+    "${pip[@]}" --only-binary=:all: --upgrade --target .venv/gpu-compiler -r requirements/gpu-compiler.txt | show_progress 1
+else
+    total=$(sed '/^#/d; /^-r/d' requirements/demo.txt requirements/"$name".txt | sort -u | wc -l)
+    "${pip[@]}" --only-binary=:all: -r requirements/"$name".txt | show_progress "$((total))"
+    "${pip[@]}" --quiet --no-build-isolation --editable .
+fi
 touch .venv/"$name".stamp
