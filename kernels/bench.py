@@ -23,6 +23,7 @@ from benchmarking.elementwise_cases import rms_norm_cases, write_kv_cases
 from benchmarking.linear_cases import linear_cases, norm_linear_cases
 from benchmarking.lora_cases import lora_cases
 from benchmarking.record import write_record
+from benchmarking.threshold_cases import threshold_cases
 from benchmarking.timing import measure_limits, run_cases
 from qwen2_kernels import tuning
 from qwen2_kernels.specs import QWEN2_5
@@ -35,6 +36,7 @@ OPS: dict[str, Callable[[Selection], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "flash_attention": flash_attention_cases,
     "lora": lora_cases,
+    "thresholds": threshold_cases,
 }
 
 

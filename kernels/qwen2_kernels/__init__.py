@@ -1,4 +1,4 @@
-"""Attention, cache, norm and matmul kernels for qwen2_jax: a folder per op, with its API, reference and kernels.
+"""Attention, cache, norm, matmul and sampling kernels for qwen2_jax: a folder per op, with its API and reference.
 
 Each op takes `implementation`: `"auto"` picks by platform and shape; a named one never falls back, but raises
 `NotImplementedError` where it cannot do what is asked. Nothing here knows of a mesh, a config or an engine.
@@ -14,6 +14,7 @@ from qwen2_kernels.lora.linear_gated import lora_linear_gated
 from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
+from qwen2_kernels.thresholds.api import top_k_threshold, top_p_threshold
 from qwen2_kernels.write_kv.api import write_kv
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "skips_padding",
+    "top_k_threshold",
+    "top_p_threshold",
     "write_kv",
 ]

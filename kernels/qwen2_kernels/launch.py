@@ -18,10 +18,10 @@ def triton_call(
     num_stages: int,
     **constexprs: Any,
 ) -> Any:
-    """Launch `kernel` on arrays and `jax.Ref`s, in the order of its parameters; `constexprs` go by name.
+    """Launch `kernel` on arrays, `jax.Ref`s and numbers, in the order of its parameters; `constexprs` go by name.
 
-    A `jax.Ref` argument is written in place. Pointers to the results, described by `out_type` (a pytree of
-    `jax.ShapeDtypeStruct`), follow the arguments.
+    A number that goes by its place is no constant of the compiled kernel. A `jax.Ref` argument is written in place.
+    Pointers to the results, described by `out_type` (a pytree of `jax.ShapeDtypeStruct`), follow the arguments.
     """
     import jax_triton
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.engine.thresholds import top_k_threshold, top_p_threshold
+from qwen2_jax.models.ops import top_k_threshold, top_p_threshold
 
 State = dict[str, Array]
 Rows = dict[str, Array]

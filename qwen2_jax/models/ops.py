@@ -177,6 +177,16 @@ def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Flo
     return sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
 
 
+def top_k_threshold(logits: Float[Array, "R V"], k: Int[Array, " R"]) -> Float[Array, " R"]:
+    """Return each row's k-th largest logit, see `kernels.top_k_threshold`. Every device does the same."""
+    return sharded(kernels.top_k_threshold, (P(), P()), P())(logits, k)
+
+
+def top_p_threshold(logits: Float[Array, "R V"], p: Float[Array, " R"]) -> Float[Array, " R"]:
+    """Return where top-p cuts each row, see `kernels.top_p_threshold`. Every device does the same."""
+    return sharded(kernels.top_p_threshold, (P(), P()), P())(logits, p)
+
+
 def sharded[**A, O](function: Callable[A, O], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[A, O]:
     """Run `function` on each device's shards, or as it is where no mesh is set; specs are trees like the arguments."""
     if jax.sharding.get_abstract_mesh().empty:

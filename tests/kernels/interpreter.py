@@ -55,12 +55,12 @@ class HostTensor:
 def interpreted_call(*args: Any, kernel: Any, out_type: Any, grid: tuple[int, ...], **options: Any) -> Any:
     """Stand in for `jax_triton.triton_call`, on concrete arrays."""
     constexprs = {name: value for name, value in options.items() if name not in ("num_warps", "num_stages")}
-    tensors = [HostTensor(np.array(arg[...])) for arg in args]
+    tensors = [arg if isinstance(arg, int) else HostTensor(np.array(arg[...])) for arg in args]
     leaves, tree = jax.tree.flatten(out_type)
     outputs = [HostTensor(np.full(leaf.shape, np.nan if _is_float(leaf.dtype) else -7, leaf.dtype)) for leaf in leaves]
     InterpretedFunction(kernel.fn)[grid](*tensors, *outputs, **constexprs)
     for arg, tensor in zip(args, tensors, strict=True):
-        if isinstance(arg, jax.Ref):
+        if isinstance(arg, jax.Ref) and isinstance(tensor, HostTensor):
             arg[...] = jnp.asarray(tensor.array)
     return jax.tree.unflatten(tree, [jnp.asarray(output.array) for output in outputs])
 

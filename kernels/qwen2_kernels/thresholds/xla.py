@@ -1,7 +1,7 @@
-"""Top-k and top-p without sorting: the exact cut is found bit by bit.
+"""The thresholds for any platform: a cut is found bit by bit.
 
 A float32's bits, with the sign handled, order like the number; the largest key whose condition still holds is built
-from the highest bit down, in 32 passes over the vocabulary. Ties at the cut are all kept.
+from the highest bit down, in 32 passes over the vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
 
 
-def top_k_threshold(logits: Float[Array, "R V"], k: Int[Array, " R"]) -> Float[Array, " R"]:
-    """Return each row's k-th largest logit; minus infinity where `k` is more than the row has."""
+def top_k_threshold_xla(logits: Array, k: Array) -> Array:
+    """See `api.top_k_threshold`."""
     keys = _ordered(logits)
 
     def enough(candidate: Array) -> Array:
@@ -22,8 +21,8 @@ def top_k_threshold(logits: Float[Array, "R V"], k: Int[Array, " R"]) -> Float[A
     return _largest(enough, logits.shape[0])
 
 
-def top_p_threshold(logits: Float[Array, "R V"], p: Float[Array, " R"]) -> Float[Array, " R"]:
-    """Return the smallest logit of each row's smallest set of likeliest tokens whose probability reaches `p`."""
+def top_p_threshold_xla(logits: Array, p: Array) -> Array:
+    """See `api.top_p_threshold`."""
     keys = _ordered(logits)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     target = p * weights.sum(axis=-1)
@@ -47,7 +46,11 @@ def _largest(condition: Callable[[Array], Array], rows: int) -> Array:
         candidate = key | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
         return jnp.where(condition(candidate), candidate, key)
 
-    key = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(rows, jnp.uint32))
-    bits = jnp.where(key >> 31, key & jnp.uint32(0x7FFFFFFF), ~key)
+    return as_float(jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(rows, jnp.uint32)))
+
+
+def as_float(keys: Array) -> Array:
+    """Return the float32 that each key stands for, minus infinity for those that no number has."""
+    bits = jnp.where(keys >> 31, keys & jnp.uint32(0x7FFFFFFF), ~keys)
     values = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(jnp.isnan(values), -jnp.inf, values)

@@ -1,0 +1,81 @@
+"""`top_k_threshold` and `top_p_threshold`: the least logit of each row that top-k or top-p sampling keeps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from qwen2_kernels.dispatch import Implementation, select
+from qwen2_kernels.thresholds.reference import top_k_threshold_reference, top_p_threshold_reference
+from qwen2_kernels.thresholds.xla import top_k_threshold_xla, top_p_threshold_xla
+
+
+def _top_k_triton(*arrays: Any) -> Array:
+    from qwen2_kernels.thresholds.triton_thresholds import top_k_threshold_triton
+
+    return top_k_threshold_triton(*arrays)
+
+
+def _top_p_triton(*arrays: Any) -> Array:
+    from qwen2_kernels.thresholds.triton_thresholds import top_p_threshold_triton
+
+    return top_p_threshold_triton(*arrays)
+
+
+TOP_K_IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "reference": top_k_threshold_reference,
+    "xla": top_k_threshold_xla,
+    "triton": _top_k_triton,
+}
+TOP_P_IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "reference": top_p_threshold_reference,
+    "xla": top_p_threshold_xla,
+    "triton": _top_p_triton,
+}
+
+
+def top_k_threshold(
+    logits: Float[Array, "R V"], k: Int[Array, " R"], *, implementation: str = "auto"
+) -> Float[Array, " R"]:
+    """Return each row's k-th largest logit.
+
+    Args:
+        logits: float32; equal ones count one by one.
+        k: from 1; minus infinity is returned where it is more than the row has, and anything below 1 gives no meaning.
+        implementation: `"reference"` (sorts), `"xla"`, `"triton"` (CUDA) or `"auto"`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    return _run("top_k_threshold", TOP_K_IMPLEMENTATIONS, implementation, logits, k)
+
+
+def top_p_threshold(
+    logits: Float[Array, "R V"], p: Float[Array, " R"], *, implementation: str = "auto"
+) -> Float[Array, " R"]:
+    """Return the smallest logit of each row's smallest set of likeliest tokens whose probability reaches `p`.
+
+    Nucleus sampling (Holtzman et al. 2020). Equal logits at the cut are all in the set. Sums are in float32, so that a
+    set whose probability is `p` within rounding may be taken or left.
+
+    Args:
+        logits: float32, of which minus infinity has no probability.
+        p: more than 0, less than 1.
+        implementation: see `top_k_threshold`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    return _run("top_p_threshold", TOP_P_IMPLEMENTATIONS, implementation, logits, p)
+
+
+def _run(
+    op: str, implementations: Mapping[str, Implementation], implementation: str, logits: Array, asked: Array
+) -> Array:
+    if logits.ndim != 2 or asked.shape != logits.shape[:1] or 0 in logits.shape or logits.dtype != jnp.float32:
+        raise ValueError(f"{op}: logits {logits.shape} {logits.dtype} and {asked.shape} do not fit: use float32 [R, V]")
+    reason = "eight launches find four bits each, where XLA's loop takes 32 passes of four"
+    run = select(op, implementations, implementation, gpu="triton", elsewhere="xla", reason=reason)
+    return run(logits, asked)
