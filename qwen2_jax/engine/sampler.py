@@ -16,6 +16,8 @@ from qwen2_jax.models.ops import top_k_threshold, top_p_threshold
 
 State = dict[str, Array]
 Rows = dict[str, Array]
+_CHUNK = 128
+"""Values of a row that `likeliest_few` looks at together."""
 
 
 def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: int) -> dict[str, Array]:
@@ -58,6 +60,24 @@ def likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def likeliest_few(values: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """Return what `jax.lax.top_k` does for `count` values, equal ones in their order, without sorting rows as a whole.
+
+    A value that is among the K largest lies in one of the K chunks that have the largest values: where it did not, each
+    of those would have a larger one, or an equal one before it.
+    """
+    rows, size = values.shape
+    chunks = -(-size // _CHUNK)
+    if chunks <= count:
+        return jax.lax.top_k(values, count)
+    padding = ((0, 0), (0, chunks * _CHUNK - size))
+    chunked = jnp.pad(values, padding, constant_values=-jnp.inf).reshape(rows, chunks, _CHUNK)
+    best = jnp.sort(jax.lax.top_k(chunked.max(axis=-1), count)[1], axis=-1)
+    candidates = jnp.take_along_axis(chunked, best[:, :, None], axis=1).reshape(rows, -1)
+    found, places = jax.lax.top_k(candidates, count)
+    return found, jnp.take_along_axis(best, places // _CHUNK, axis=1) * _CHUNK + places % _CHUNK
+
+
 def empty_samples(rows: int, max_logprobs: int, chosen: int) -> dict[str, Array]:
     """Return what `sample` returns, all zeros."""
     return {
@@ -76,7 +96,7 @@ def logprobs_of(
 ) -> dict[str, Array]:
     """Report log-probabilities of one token per row, of the K likeliest ones, and of the `chosen` ones."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = jax.lax.top_k(logprobs, max_logprobs)
+    top_logprobs, top_ids = likeliest_few(logprobs, max_logprobs)
     asked = jnp.concatenate([token_ids[:, None], chosen], axis=1)
     values = jnp.take_along_axis(logprobs, jnp.maximum(asked, 0), axis=-1)
 

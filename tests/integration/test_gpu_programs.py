@@ -84,5 +84,5 @@ def test_two_gpus_add_up_twice_a_layer_and_gather_only_logits() -> None:
 
 def test_a_sampled_step_copies_no_more_than_logits() -> None:
     [row] = compile_programs("--geometry", "7b", "--only", "decode:8").values()
-    assert row["largest_copy_bytes"] <= 3 * LOGITS, row["largest_copy"]
+    assert row["largest_copy_bytes"] < 1.1 * LOGITS, row["largest_copy"]
     assert row["aliased_bytes"] > POOLS
