@@ -14,6 +14,7 @@ These five are "all". The others run only when they are asked for, each longer t
 - adapters-7b, adapters-0.5b: `workload.py` with 32 adapters, beside vLLM and the goals; up to 420 and 200 s.
 - adapter-curve: `adapter_curve.py` for 0.5B; up to 420 s.
 - adapter-loading: `adapter_loading.py` for 7B; up to 300 s.
+- start: `start_time.py` for 7B, without and with adapters; up to 500 s.
 
 It needs no network. Each part has a budget and is stopped when that is spent: those of "all" are less than ten minutes
 together, meant for an H100 with 16 cores. It prints tables, writes a JSON file and logs for each part, and exits with 1
@@ -48,7 +49,7 @@ MOST_TEST_PROCESSES = 12
 GEOMETRIES = ("7b", "0.5b")
 PARTS = ("suite", "accuracy", "kernels", *(f"yardstick-{geometry}" for geometry in GEOMETRIES))
 """Those that run when none is named."""
-ADAPTER_PARTS = (*(f"adapters-{geometry}" for geometry in GEOMETRIES), "adapter-curve", "adapter-loading")
+ADAPTER_PARTS = (*(f"adapters-{geometry}" for geometry in GEOMETRIES), "adapter-curve", "adapter-loading", "start")
 TOGETHER = ("suite", "accuracy")
 """Parts that run beside each other: what the others time runs alone."""
 BUDGETS = {
@@ -61,6 +62,7 @@ BUDGETS = {
     "adapters-0.5b": 200,
     "adapter-curve": 420,
     "adapter-loading": 300,
+    "start": 500,
 }
 """Seconds."""
 
@@ -223,6 +225,18 @@ def check_script(script: str, record: str, geometry: str, workload: Path, out: P
     return result.failures
 
 
+def check_start(geometry: str, out: Path, budget: float) -> list[str]:
+    """Start engines without and with room for adapters, by number of lowering workers, and show the seconds."""
+    runner, failed = Runner(out, budget), list[str]()
+    for adapters in (0, ADAPTERS):
+        name = f"start_{geometry}_{adapters}_adapters"
+        options = ("--geometry", geometry, "--adapters", str(adapters), "--out", out / f"{name}.json")
+        result = runner.python(name, "scripts/start_time.py", *options)
+        print("\n".join(map(json.dumps, _json_lines(result.output))), flush=True)
+        failed += result.failures
+    return failed
+
+
 def _json_lines(output: str) -> list[dict[str, Any]]:
     """Return the rows that a script has printed, one a line."""
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"')]
@@ -255,6 +269,7 @@ def main() -> None:
         **{f"adapters-{geometry}": partial(adapters, geometry) for geometry in GEOMETRIES},
         "adapter-curve": partial(script, "adapter_curve", "adapter_curve", "0.5b"),
         "adapter-loading": partial(script, "adapter_loading", "adapter_loading_7b", "7b"),
+        "start": partial(check_start, "7b", out),
     }
     alone = [[name] for name in PARTS if name not in TOGETHER]
     groups = [list(TOGETHER), *alone] if arguments.part == "all" else [[arguments.part]]

@@ -28,8 +28,13 @@ _HOST_BYTES = 2 << 30
 """Host memory that a worker may take."""
 _MOST_WORKERS = 12
 """More would have nothing to do: so many families have the programs of a start."""
-_OPTIONS = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
-"""JAX's options that workers do not share with this process: they touch no GPU, and compile nothing worth keeping."""
+_OPTIONS = {
+    "jax_platforms": "cpu",
+    "jax_enable_compilation_cache": False,
+    "jax_export_ignore_forward_compatibility": True,
+}
+"""JAX's options that workers do not share with this process: they touch no GPU, compile nothing worth keeping, and
+write for no other version of JAX."""
 
 
 def choose_workers(*, platform: str, cores: int, host_bytes: int) -> int:
