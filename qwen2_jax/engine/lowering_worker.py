@@ -43,13 +43,11 @@ class LoweringWorker:
         for key in keys:
             try:
                 yield key, export_program(self._specs[key], mesh), None
-            except (
-                Exception
-            ) as raised:  # of any kind: the other process lowers this program itself, and raises it there
+            except Exception as raised:  # of any kind: the other process lowers the program itself, and raises it there
                 yield key, None, f"{type(raised).__name__}: {raised}"
 
 
-def abstract_programs(facts: ProgramFacts, mesh: AbstractMesh) -> dict[ProgramKey, ProgramSpec]:
+def abstract_programs(facts: ProgramFacts, mesh: Mesh | AbstractMesh) -> dict[ProgramKey, ProgramSpec]:
     """Return the programs that `facts` describe, for devices that need not be here."""
     graphdef, params = abstract_model(facts.model, mesh, facts.dtype)
     programs = make_programs(facts.model, facts.config, facts.dtype, graphdef)
