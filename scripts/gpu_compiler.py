@@ -57,14 +57,18 @@ def is_here() -> bool:
     return any((Path(path) / "jax_plugins" / "xla_cuda13").is_dir() for path in (PLUGIN, *sys.path))
 
 
-def prepare() -> None:
-    """Set this process up to compile: before it imports JAX, which it lets see no GPU."""
+def prepare(dump: Path | None = None) -> None:
+    """Set this process up to compile: before it imports JAX, which it lets see no GPU.
+
+    XLA writes what it makes of each program into the folder `dump`, if there is one.
+    """
     if "jax" in sys.modules:
         raise RuntimeError("prepare() comes before JAX is imported")
     sys.path.append(str(PLUGIN))
     os.environ["JAX_PLATFORMS"] = "cpu"
     # No products are timed, for there is nothing to run them on.
     flags = f"--xla_gpu_cuda_data_dir={_toolkit()} --xla_gpu_autotune_level=0"
+    flags += "" if dump is None else f" --xla_dump_to={dump} --xla_dump_hlo_as_text"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 

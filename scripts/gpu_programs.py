@@ -4,15 +4,18 @@
     python scripts/gpu_programs.py --geometry 7b --adapters --lower-only --workers 2
 
 Prints a JSON object a line: for each program the seconds of lowering and compiling, how often its step launches
-kernels of each origin and runs XLA's own operations (`optimised_hlo.OptimisedHlo.kinds`), the most that one of those
-writes outside the kernels, and XLA's account of memory. `--lower-only` needs no compiler; then the last line has the
+kernels of each origin and runs XLA's own operations (`optimised_hlo.OptimisedHlo.kinds`), what the host starts for a
+step (`commands`: a CUDA graph is one, a "command buffer"), the most that one of XLA's operations writes, and XLA's
+account of memory. `--lower-only` needs no compiler; then the last line has the
 seconds in all and how many modules of Mosaic's there are.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from scripts import gpu_compiler
@@ -57,10 +60,10 @@ def programs_of(arguments: argparse.Namespace, mesh: Any) -> tuple[Any, dict[Any
     return facts, {key: programs[key] for key in keys}
 
 
-def compile_all(programs: dict[Any, Any], mesh: Any) -> Iterator[dict[str, Any]]:
-    """Compile programs one after another and describe each."""
+def compile_all(programs: dict[Any, Any], mesh: Any, dump: Path) -> Iterator[dict[str, Any]]:
+    """Compile programs one after another and describe each; XLA writes into `dump`."""
     from qwen2_jax.engine.compilation import compile_program
-    from scripts.optimised_hlo import OptimisedHlo
+    from scripts.optimised_hlo import OptimisedHlo, step_commands
 
     for (name, bucket), spec in programs.items():
         start = time.perf_counter()
@@ -78,12 +81,23 @@ def compile_all(programs: dict[Any, Any], mesh: Any) -> Iterator[dict[str, Any]]
             "seconds": round(seconds, 1),
             "step": dict(hlo.kinds(step)),
             "around": {} if step == hlo.entry else dict(hlo.kinds(hlo.entry)),
+            "commands": dict(step_commands(_read_commands(dump))),
             "largest_copy_bytes": copied.get(largest, 0),
             "largest_copy": largest,
             "temporary_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "aliased_bytes": memory.alias_size_in_bytes,
         }
+
+
+def _read_commands(dump: Path) -> str:
+    """Return what the host starts in the program that was compiled last, and forget it."""
+    # Where passes have changed nothing, there is the first list alone.
+    path = max(dump.glob("*.thunk_sequence*.txt"), key=lambda path: len(path.name))
+    text = path.read_text()
+    for written in dump.iterdir():
+        written.unlink()
+    return text
 
 
 def lower_all(facts: Any, programs: dict[Any, Any], mesh: Any, workers: int) -> dict[str, Any]:
@@ -125,8 +139,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.lower_only and not gpu_compiler.is_here():
         raise SystemExit("the compiler is not installed: make .venv/gpu-compiler.stamp")
-    gpu_compiler.prepare()
     if arguments.lower_only:
+        gpu_compiler.prepare()
         from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
         device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
@@ -134,9 +148,11 @@ def main() -> None:
         mesh = AbstractMesh(size, ("tp",), axis_types=(AxisType.Explicit,), abstract_device=device)
         print(json.dumps(lower_all(*programs_of(arguments, mesh), mesh, arguments.workers)), flush=True)
         return
-    mesh = gpu_compiler.make_mesh(arguments.tensor_parallel_size)
-    for row in compile_all(programs_of(arguments, mesh)[1], mesh):
-        print(json.dumps(row), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        gpu_compiler.prepare(Path(folder))
+        mesh = gpu_compiler.make_mesh(arguments.tensor_parallel_size)
+        for row in compile_all(programs_of(arguments, mesh)[1], mesh, Path(folder)):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ _CALLS = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_co
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?\d+\w*)\[([\d,]*)\]")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_THUNK = re.compile(r"( *)\d+: k(\w+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _TARGETS = {"triton_kernel_call_ffi": "triton", "mosaic_gpu_v2": "mosaic"}
 _NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"}
@@ -117,3 +118,17 @@ class OptimisedHlo:
         if instruction.opcode != "fusion":
             return ()
         return [found for name in instruction.called for found in self._computations.get(name, ())]
+
+
+def step_commands(thunks: str) -> Counter[str]:
+    """Count what the host starts, one after another, for a step: in the body of the program's loop, or in all of it.
+
+    `thunks` is XLA's own list, a line each: a number, a kind and more, those inside others indented. What is inside a
+    command buffer, a conditional or a loop is not counted.
+    """
+    lines = thunks.splitlines()
+    if any(line.strip() == "body:" for line in lines):
+        lines = lines[next(index for index, line in enumerate(lines) if line.strip() == "body:") + 1 :]
+    found = [(len(entry[1]), entry[2]) for entry in map(_THUNK.match, lines) if entry is not None]
+    least = min((depth for depth, _ in found), default=0)
+    return Counter(kind for depth, kind in found if depth == least)

@@ -1,6 +1,6 @@
 """Reading optimised HLO, on a program written out here."""
 
-from scripts.optimised_hlo import OptimisedHlo
+from scripts.optimised_hlo import OptimisedHlo, step_commands
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -60,4 +60,25 @@ def test_what_is_written_in_place_or_by_kernels_is_no_copy() -> None:
         "%copy.1": 4,
         "%copy.2": 3200,
         "%fusion.1": 4 * 8 * 4 + 2 * 2,
+    }
+
+
+def test_commands_are_those_of_the_loop_body() -> None:
+    thunks = """\
+000: kCommandBuffer [source       | next=009 (1)]
+    001: kCopy         [source | sink] kCopy
+009: kWhile         [prev=000 (1) | sink        ]
+condition:
+    010: kCustomKernel [source | sink] loop_compare_fusion
+  body:
+    000: kCommandBuffer [source | sink]
+        011: kCustomKernel   [source       | next=028 (17)] input_reduce_fusion
+    151: kConditional   [prev=000 (1) | next=000 (1)]
+        056: kCopy [source | sink] kCopy
+    000: kCommandBuffer [prev=151 (1) | sink        ]
+"""
+    assert step_commands(thunks) == {"CommandBuffer": 2, "Conditional": 1}
+    assert step_commands("000: kCopy [sink]\n001: kCustomCall [sink]\n    002: kCopy [sink]") == {
+        "Copy": 1,
+        "CustomCall": 1,
     }

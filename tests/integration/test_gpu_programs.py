@@ -61,8 +61,9 @@ def test_a_step_of_7b() -> None:
         assert row["largest_copy_bytes"] <= LARGEST_COPY[name.split("_")[0].split(":")[0]], row["largest_copy"]
         assert row["aliased_bytes"] > POOLS
         assert row["temporary_bytes"] < (16 if "decode" in name else 128) * MEBIBYTE
-        # The steps of a call are a loop around that; a prefill is one.
+        # The steps of a call are a loop around that, and each is one CUDA graph; a prefill's kernels are launched.
         assert set(row["around"]) == ({"copy", "fusion", "while"} if "decode" in name else set()), name
+        assert row["commands"] == {"CommandBuffer": 1} if "decode" in name else "CommandBuffer" not in row["commands"]
 
 
 def test_one_row_of_half_a_billion_is_six_kernels_a_layer() -> None:
@@ -84,5 +85,6 @@ def test_two_gpus_add_up_twice_a_layer_and_gather_only_logits() -> None:
 
 def test_a_sampled_step_copies_no_more_than_logits() -> None:
     [row] = compile_programs("--geometry", "7b", "--only", "decode:8").values()
+    assert row["commands"] == {"CommandBuffer": 2, "Conditional": 1}  # the layers, what is asked of sampling, and state
     assert row["largest_copy_bytes"] < 1.1 * LOGITS, row["largest_copy"]
     assert row["aliased_bytes"] > POOLS
