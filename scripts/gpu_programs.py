@@ -42,9 +42,9 @@ def programs_of(arguments: argparse.Namespace, mesh: Any) -> tuple[Any, dict[Any
         max_pages=1,
         max_rank=16,
         max_on_host=PAGES,
-        num_vocab_pages=0,
-        num_vocab_vectors=0,
-        num_full_vocab=0,
+        num_vocab_pages=PAGES * arguments.vocab_adapters,
+        num_vocab_vectors=PAGES * arguments.vocab_adapters,
+        num_full_vocab=2 * arguments.vocab_adapters,
     )
     config = EngineConfig(**options).resolve(model, "gpu", skips_padding=True)
     facts = ProgramFacts(
@@ -131,6 +131,9 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="7b")
     parser.add_argument("--layers", type=int, help="instead of the geometry's")
     parser.add_argument("--adapters", action="store_true", help="with room for 32 adapters of rank 16")
+    parser.add_argument(
+        "--vocab-adapters", action="store_true", help="and of the embeddings and the head, two whole ones"
+    )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--only", help="programs, NAME:BUCKET, separated by commas")

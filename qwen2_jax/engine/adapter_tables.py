@@ -54,9 +54,6 @@ def fill_vocab(views: Views, adapters: Sequence[AdapterEntry | None], counts: Se
     rows = {"full_embed_rows": "full_embed", "full_head_rows": "full_head", "vector_rows": "vocab_vectors"}
     for name, kind in rows.items():
         views[name][:] = np.array([*(entry.place(kind) for entry in entries), -1])[token_groups]
-    used = sorted({entry.place("full_head") for entry in entries} - {-1})
-    views["full_heads"][: len(used)] = used
-    views["num_full_heads"][0] = len(used)
 
 
 def _fill_tables(

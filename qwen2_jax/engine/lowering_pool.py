@@ -24,7 +24,7 @@ _PROGRAM = ("-P", "-m", "qwen2_jax.engine.lowering_worker")
 _FEWEST_CORES = 4
 _FEWEST_PROGRAMS = 4
 """With fewer programs to lower, this process is done before another one has started to help."""
-_HOST_BYTES = 2 << 30
+_HOST_BYTES = 1 << 30
 """Host memory that a worker may take."""
 _MOST_WORKERS = 12
 """More would have nothing to do: so many families have the programs of a start."""

@@ -171,9 +171,7 @@ def has_faster_program(lora: StepLoRA, platform: str) -> bool:
 
 def step_lora(sizes: LoRASizes, tokens: int, rows: int) -> StepLoRA:
     """Return what a step of `tokens` tokens in `rows` rows takes of adapters."""
-    return StepLoRA(
-        tables=sizes.tables(tokens, rows), vocab=sizes.vocab_tables(tokens, rows), num_full=sizes.num_full_vocab
-    )
+    return StepLoRA(tables=sizes.tables(tokens, rows), vocab=sizes.vocab_tables(tokens, rows))
 
 
 def abstract(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -282,7 +282,7 @@ def _adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoRA | No
 def _vocab_adapters(inputs: dict[str, Array], banks: Banks | None, lora: StepLoRA | None) -> VocabAdapters | None:
     if banks is None or lora is None or banks.vocab is None or lora.vocab is None:
         return None
-    rest = ("token_pages", "full_embed_rows", "full_head_rows", "vector_rows", "full_heads", "num_full_heads")
+    rest = ("token_pages", "full_embed_rows", "full_head_rows", "vector_rows")
     tables = VocabTables(tables=_tables(inputs, lora.vocab, VOCAB), **{name: inputs[name] for name in rest})
     return VocabAdapters(banks=banks.vocab, tables=tables)
 

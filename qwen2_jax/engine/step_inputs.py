@@ -34,8 +34,6 @@ class StepLoRA:
     tables: TableSizes
     vocab: TableSizes | None = None
     """Of what changes embeddings and head; None without room for that."""
-    num_full: int = 0
-    """Whole matrices that there is room for, of each kind."""
     has_vectors: bool = True
     """Whether adapters may have biases or magnitudes in the layers."""
 
@@ -135,8 +133,6 @@ def vocab_layout(tokens: int, lora: StepLoRA) -> Layout:
         "full_embed_rows": Field((tokens,)),
         "vector_rows": Field((tokens,)),
         "full_head_rows": Field((tokens,)),
-        "full_heads": Field((lora.num_full,)),
-        "num_full_heads": Field((1,)),
     }
 
 

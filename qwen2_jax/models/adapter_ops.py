@@ -1,5 +1,6 @@
 """The calls of the adapters' kernels; as in `ops`, each is one `shard_map` island."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -146,15 +147,14 @@ def adapted_logits(
     if banks.head_a.shape[0]:
         specs = (P(None, TP), P(), vocab_bank_specs(), _replicated(tables))
         logits = sharded(island, specs, P(None, TP))(logits, hidden, banks, tables)
-    if not banks.full_head.shape[0]:
-        return logits
 
-    def replace(index: Array, logits: Array) -> Array:
-        slot = tables.full_heads[index]
-        own = project_vocab(hidden, jax.lax.dynamic_index_in_dim(banks.full_head, slot, keepdims=False))
-        return jnp.where((tables.full_head_rows == slot)[:, None], own, logits)
+    def replace(slot: int, uses: Array, logits: Array) -> Array:
+        return jnp.where(uses[:, None], project_vocab(hidden, banks.full_head[slot]), logits)
 
-    return jax.lax.fori_loop(0, tables.num_full_heads[0], replace, logits)
+    for slot in range(banks.full_head.shape[0]):  # a slot that is data would be copied out before it is multiplied
+        uses = tables.full_head_rows == slot
+        logits = jax.lax.cond(jnp.any(uses), functools.partial(replace, slot), lambda _, logits: logits, uses, logits)
+    return logits
 
 
 def _replicated(tree: Any) -> Any:

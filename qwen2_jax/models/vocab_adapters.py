@@ -57,9 +57,7 @@ class VocabTables:
     vector_rows: Int[Array, " T"]
     """The row of the scales and the bias that a token uses; -1 is none."""
     full_head_rows: Int[Array, " T"]
-    full_heads: Int[Array, " F"]
-    """The whole heads that are used, `num_full_heads` of them."""
-    num_full_heads: Int[Array, " 1"]
+    """Which whole head gives a token's logits; -1 is the model's."""
 
 
 @jax.tree_util.register_dataclass

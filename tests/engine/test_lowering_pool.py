@@ -76,7 +76,7 @@ def lowered_by(folder: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     "platform, cores, host, count",
-    [("gpu", 16, 100, 8), ("gpu", 128, 100, 12), ("gpu", 16, 7, 3), ("gpu", 2, 100, 0), ("cpu", 64, 100, 0)],
+    [("gpu", 16, 100, 8), ("gpu", 128, 100, 12), ("gpu", 16, 3.5, 3), ("gpu", 2, 100, 0), ("cpu", 64, 100, 0)],
 )
 def test_workers_fit_the_machine(platform: str, cores: int, host: float, count: int) -> None:
     assert count == choose_workers(platform=platform, cores=cores, host_bytes=int(host * GIB))

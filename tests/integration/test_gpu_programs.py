@@ -88,3 +88,9 @@ def test_a_sampled_step_copies_no_more_than_logits() -> None:
     assert row["commands"] == {"CommandBuffer": 2, "Conditional": 1}  # the layers, what is asked of sampling, and state
     assert row["largest_copy_bytes"] < 1.1 * LOGITS, row["largest_copy"]
     assert row["aliased_bytes"] > POOLS
+
+
+def test_whole_heads_of_adapters_are_multiplied_where_they_lie() -> None:
+    options = ("--geometry", "7b", "--adapters", "--vocab-adapters", "--only", "sample_greedy_lora:32")
+    [row] = compile_programs(*options).values()
+    assert row["largest_copy_bytes"] < 32 * 152064 * 4 * 1.1, row["largest_copy"]
