@@ -4,7 +4,9 @@ The plugin comes with `jax[cuda13]`; `make .venv/gpu-compiler.stamp` puts it int
 look for a GPU wherever it is installed. Triton's wheel has the assembler and the library that the plugin needs.
 """
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from importlib.resources import files
@@ -74,24 +76,22 @@ def prepare(dump: Path | None = None) -> None:
 
 def make_mesh(size: int = 1) -> Any:
     """Return a mesh of `size` H100s of one host, as `qwen2_jax.parallel.make_mesh` does of GPUs that are here."""
+    import jax
     from jax.experimental import topologies
     from jax.sharding import AxisType
 
     topology = topologies.get_topology_desc("h100", "cuda", topology=f"1x1x{size}", target_config=H100)
-    import jax
-
     return jax.make_mesh((size,), ("tp",), axis_types=(AxisType.Explicit,), devices=topology.devices)
 
 
 def _toolkit() -> Path:
-    """Lay out what Triton's wheel has of CUDA as XLA looks for it."""
-    folder = Path(tempfile.gettempdir()) / f"qwen2_jax-cuda-{os.getuid()}"
+    """Lay out what Triton's wheel has of CUDA as XLA looks for it, until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="qwen2_jax-cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     nvidia = Path(str(files("triton"))) / "backends" / "nvidia"
     links = {"bin/ptxas": "bin/ptxas", "nvvm/libdevice/libdevice.10.bc": "lib/libdevice.10.bc"}
     for name, target in links.items():
         link = folder / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not (link.is_symlink() and link.readlink() == nvidia / target):
-            link.unlink(missing_ok=True)
-            link.symlink_to(nvidia / target)
+        link.parent.mkdir(parents=True)
+        link.symlink_to(nvidia / target)
     return folder

@@ -33,7 +33,7 @@ def programs_of(arguments: argparse.Namespace, mesh: Any) -> tuple[Any, dict[Any
     from qwen2_jax.lora.sizes import LoRASizes
 
     sizes = GEOMETRIES[arguments.geometry]
-    layers = arguments.layers or sizes["num_hidden_layers"]
+    layers = sizes["num_hidden_layers"] if arguments.layers is None else arguments.layers
     model = ModelConfig.from_hf(FAMILY | sizes | {"num_hidden_layers": layers, "max_window_layers": layers})
     options = {"max_model_len": arguments.max_model_len, "tensor_parallel_size": arguments.tensor_parallel_size}
     lora = LoRASizes(
@@ -53,11 +53,11 @@ def programs_of(arguments: argparse.Namespace, mesh: Any) -> tuple[Any, dict[Any
     programs = abstract_programs(facts, mesh)
     if not arguments.only:
         return facts, programs
-    keys = [(name, int(bucket)) for name, bucket in (entry.split(":") for entry in arguments.only.split(","))]
-    if unknown := [f"{name}:{bucket}" for name, bucket in keys if (name, bucket) not in programs]:
-        known = ", ".join(f"{name}:{bucket}" for name, bucket in programs)
-        raise SystemExit(f"there is no program {', '.join(unknown)}; there are {known}")
-    return facts, {key: programs[key] for key in keys}
+    named = {f"{name}:{bucket}": (name, bucket) for name, bucket in programs}
+    wanted = arguments.only.split(",")
+    if unknown := [name for name in wanted if name not in named]:
+        raise SystemExit(f"there is no program {', '.join(unknown)}; there are {', '.join(named)}")
+    return facts, {named[name]: programs[named[name]] for name in wanted}
 
 
 def compile_all(programs: dict[Any, Any], mesh: Any, dump: Path) -> Iterator[dict[str, Any]]:
@@ -140,6 +140,10 @@ def main() -> None:
     parser.add_argument("--lower-only", action="store_true", help="do not compile")
     parser.add_argument("--workers", type=int, default=0, help="processes that lower, with --lower-only")
     arguments = parser.parse_args()
+    if arguments.workers and not arguments.lower_only:
+        parser.error(f"--workers {arguments.workers} is for --lower-only")
+    if arguments.vocab_adapters and not arguments.adapters:
+        parser.error("--vocab-adapters is for --adapters")
     if not arguments.lower_only and not gpu_compiler.is_here():
         raise SystemExit("the compiler is not installed: make .venv/gpu-compiler.stamp")
     if arguments.lower_only:

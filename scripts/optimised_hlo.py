@@ -52,11 +52,12 @@ class OptimisedHlo:
 
     def __init__(self, text: str) -> None:
         self._computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
         current: list[Instruction] = []
         for line in text.splitlines():
             if (head := _HEAD.match(line)) is not None:
                 current = self._computations.setdefault(head[2], [])
-                self.entry = head[2] if head[1] else getattr(self, "entry", head[2])
+                self.entry = head[2] if head[1] else self.entry
             elif (found := _INSTRUCTION.match(_COMMENT.sub("", line.strip()))) is not None:
                 current.append(Instruction(found[3], found[2], line, line.lstrip().startswith("ROOT")))
 
