@@ -26,6 +26,11 @@ _NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "swap_space": ("preempted sequences are computed again, not swapped", (0, None)),
 }
 
+_FEWEST_MIXED_TOKENS = 2048
+"""Tokens of a step that decodes beside prompts, at least: fewer would be slower a token."""
+_MIXED_PRODUCTS = 13_400_000_000_000
+"""Tokens times weights of such a step: 44 ms on an H100."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
@@ -105,8 +110,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens of one step, over all its sequences. None: 8192 on a GPU, 512 on a CPU."""
     max_num_mixed_tokens: int | None = None
-    """The same for a step that decodes some sequences beside prompts: those who are being answered wait for it. None:
-    2048 on a GPU, or twice `max_num_seqs` if that is more; as many as others on a CPU, and without chunked prefill."""
+    """The same for a step that decodes, beside prompts, a sequence whose tokens are streamed: whoever reads them waits for
+    it. None: on a GPU 2048 for a model of 7B and more, and for a smaller one what takes as long, but not less than twice
+    `max_num_seqs`; as many as others on a CPU, and without chunked prefill."""
     max_decode_steps: int | None = None
     """Decode steps that the host starts without looking at their tokens. None: 8 on a GPU, 1 on a CPU."""
     enable_chunked_prefill: bool = True
@@ -154,7 +160,7 @@ class EngineConfig:
             tokens = max(tokens, max_model_len)
         if tokens < max_num_seqs:
             raise ConfigError(f"max_num_batched_tokens={tokens} is less than max_num_seqs={max_num_seqs}")
-        mixed = self._mixed_tokens(tokens, max_num_seqs, gpu=gpu)
+        mixed = self._mixed_tokens(model, tokens, max_num_seqs, gpu=gpu)
         if not model.is_causal and any(window is not None for window in model.layer_windows):
             raise ConfigError("is_causal=False with a sliding window is not supported; override use_sliding_window")
         return ResolvedConfig(
@@ -172,10 +178,13 @@ class EngineConfig:
             skips_padding=skips_padding,
         )
 
-    def _mixed_tokens(self, tokens: int, max_num_seqs: int, *, gpu: bool) -> int:
+    def _mixed_tokens(self, model: ModelConfig, tokens: int, max_num_seqs: int, *, gpu: bool) -> int:
         given = self.max_num_mixed_tokens
+        if given is None and not (gpu and self.enable_chunked_prefill):
+            return tokens
         if given is None:
-            return min(tokens, max(2048, 2 * max_num_seqs)) if gpu and self.enable_chunked_prefill else tokens
+            as_long = _MIXED_PRODUCTS * self.tensor_parallel_size // model.num_layer_parameters // 512 * 512
+            return min(tokens, max(_FEWEST_MIXED_TOKENS, as_long, 2 * max_num_seqs))
         if not max_num_seqs < given <= tokens:
             raise ConfigError(
                 f"max_num_mixed_tokens={given} is not above max_num_seqs={max_num_seqs} and at most "

@@ -112,6 +112,12 @@ class ModelConfig:
         )
 
     @property
+    def num_layer_parameters(self) -> int:
+        """Weights that every token is multiplied with: those of the layers' projections, without embeddings and head."""
+        attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
+        return self.num_hidden_layers * (attention + 3 * self.intermediate_size * self.hidden_size)
+
+    @property
     def num_queries_per_kv(self) -> int:
         """G: how many query heads share one key-value head."""
         return self.num_attention_heads // self.num_key_value_heads

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from qwen2_jax.cache.prefix_cache import BlockKey
-from qwen2_jax.types import SamplingParams
+from qwen2_jax.types import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from qwen2_jax.engine.logit_bias import LogitBias
@@ -100,6 +100,12 @@ class Request:
     def is_pooling(self) -> bool:
         """Whether the prompt is only computed and nothing is sampled."""
         return self.sampling_params is None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether somebody reads the tokens as they come."""
+        params = self.sampling_params
+        return params is not None and params.output_kind is not RequestOutputKind.FINAL_ONLY
 
     @property
     def is_finished(self) -> bool:

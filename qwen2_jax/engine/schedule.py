@@ -17,7 +17,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     """Query tokens of a call."""
     max_num_mixed_tokens: int | None = None
-    """Query tokens of a call that decodes rows beside prompts; None is no less than others have."""
+    """Query tokens of a call that decodes a row whose tokens are streamed, beside prompts; None: as many as others."""
     max_model_len: int
     """Prompt and output tokens of a request."""
     block_size: int

@@ -161,7 +161,7 @@ class Scheduler:
             num_pending = self._num_pending(request)
             if num_pending:
                 (decodes if num_pending == 1 else prefills).append((request, num_pending))
-        if decodes and self.config.max_num_mixed_tokens is not None:
+        if self.config.max_num_mixed_tokens is not None and any(request.is_streamed for request, _ in decodes):
             plan.budget = min(plan.budget, self.config.max_num_mixed_tokens)
         for request, num_pending in decodes + prefills:
             num_tokens = min(num_pending, plan.budget)

@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import pytest
+from qwen2_kernels.specs import QWEN2_5
 
 from qwen2_jax.config import (
     CacheConfig,
@@ -30,6 +31,7 @@ MODEL: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
 }
+SIZES = {name: dataclasses.asdict(geometry) for name, geometry in QWEN2_5.items()}
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 
 
@@ -174,7 +176,7 @@ def test_what_is_left_out_follows_the_machine() -> None:
     gpu, cpu = resolve("gpu"), resolve("cpu")
     assert (gpu.max_num_seqs, gpu.max_num_batched_tokens, gpu.max_decode_steps) == (256, 8192, 8)
     assert (cpu.max_num_seqs, cpu.max_num_batched_tokens, cpu.max_decode_steps) == (16, 512, 1)
-    assert (gpu.max_num_mixed_tokens, cpu.max_num_mixed_tokens) == (2048, 512)
+    assert (gpu.max_num_mixed_tokens, cpu.max_num_mixed_tokens) == (8192, 512)
     assert gpu.max_model_len == cpu.max_model_len == 1000
     given: dict[str, Any] = {
         "max_num_seqs": 3,
@@ -204,8 +206,14 @@ def test_a_mixed_step_has_room_for_every_row_and_a_prompt() -> None:
             resolve(max_num_mixed_tokens=wrong, max_num_batched_tokens=40, max_num_seqs=9)
     with pytest.raises(ConfigError, match="max_num_mixed_tokens=20 needs enable_chunked_prefill=True"):
         resolve("cpu", max_num_mixed_tokens=20, enable_chunked_prefill=False)
-    assert resolve("gpu", max_num_seqs=3000).max_num_mixed_tokens == 6000
-    assert resolve("gpu", enable_chunked_prefill=False).max_num_mixed_tokens == 8192
+    assert resolve("gpu", model=SIZES["7b"], max_num_seqs=3000).max_num_mixed_tokens == 6000
+    assert resolve("gpu", model=SIZES["7b"], enable_chunked_prefill=False).max_num_mixed_tokens == 8192
+
+
+@pytest.mark.parametrize("name, expected", [("0.5b", 8192), ("3b", 4608), ("7b", 2048), ("14b", 2048)])
+def test_a_mixed_step_of_a_smaller_model_takes_more_tokens(name: str, expected: int) -> None:
+    assert resolve("gpu", model=SIZES[name]).max_num_mixed_tokens == expected
+    assert resolve("gpu", model=SIZES["14b"], tensor_parallel_size=4).max_num_mixed_tokens == 3584
 
 
 def test_a_step_has_room_for_every_row_and_for_prompts_in_one_piece() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from qwen2_jax.engine.request import RequestStatus
 from qwen2_jax.errors import ConfigError, RequestError
-from qwen2_jax.types import SamplingParams
+from qwen2_jax.types import RequestOutputKind, SamplingParams
 from tests.engine.scheduling import EOS, add, launch, make_request, make_scheduler, read, shape, step
 
 
@@ -127,7 +127,7 @@ def test_a_newcomer_makes_the_call_a_single_step() -> None:
     assert (output.num_steps, output.is_decode) == (1, False)
 
 
-def test_a_prompt_beside_decodes_comes_in_smaller_chunks() -> None:
+def test_a_prompt_beside_streamed_decodes_comes_in_smaller_chunks() -> None:
     scheduler = make_scheduler(max_num_mixed_tokens=6, max_decode_steps=8)
     first, second = make_request("a", 14, max_tokens=30), make_request("b", 13)
     add(scheduler, first)
@@ -137,6 +137,17 @@ def test_a_prompt_beside_decodes_comes_in_smaller_chunks() -> None:
     assert shape(step(scheduler)) == [("a", 15, 1, True), ("b", 5, 5, False)]
     scheduler.finish(first, "abort")
     assert shape(step(scheduler)) == [("b", 10, 3, True)]
+
+
+def test_a_prompt_comes_whole_beside_decodes_that_nobody_reads_yet() -> None:
+    scheduler = make_scheduler(max_num_mixed_tokens=6)
+    unread = SamplingParams(max_tokens=30, output_kind=RequestOutputKind.FINAL_ONLY)
+    add(scheduler, make_request("a", 14, sampling_params=unread))
+    step(scheduler)
+    add(scheduler, make_request("b", 13))
+    assert shape(step(scheduler)) == [("a", 14, 1, True), ("b", 0, 13, True)]
+    add(scheduler, make_request("c", 13))
+    assert shape(step(scheduler)) == [("a", 15, 1, True), ("b", 13, 1, True), ("c", 0, 4, False)]
 
 
 def test_a_synchronous_request_never_runs_ahead() -> None:

@@ -114,12 +114,14 @@ def default_config(tokens: int, out_features: int, in_features: int, *, gated: b
     """Return what should suit an H100 for `tokens` [T] and a kernel [`out_features`, `in_features`], gated or not."""
     if tokens > MANY_TOKENS:
         return _config_of_many_tokens(tokens, out_features, gated=gated)
-    parts = 1 + gated
+    parts, fits_tile = 1 + gated, tokens <= 2 * WARPGROUP_ROWS
     consumers = 1 if tokens <= (2 * WARPGROUP_ROWS if gated else WARPGROUP_ROWS) else 2
-    rows = WARPGROUP_ROWS if -(-tokens // consumers) <= WARPGROUP_ROWS else 2 * WARPGROUP_ROWS
-    cluster = 1 if tokens <= 2 * WARPGROUP_ROWS else 2
-    block_k = 128 if tokens <= 2 * WARPGROUP_ROWS and in_features >= 512 else 64
-    most = min(MAX_COLUMNS, MAX_ACCUMULATORS * 128 // rows // parts)
+    # Gate and up pay for a second tile of tokens, whose weights come from the cache, with more stages in flight.
+    is_halved = gated and not fits_tile
+    rows = WARPGROUP_ROWS if is_halved or -(-tokens // consumers) <= WARPGROUP_ROWS else 2 * WARPGROUP_ROWS
+    cluster = 1 if fits_tile or is_halved else 2
+    block_k = 128 if fits_tile and in_features >= 512 else 64
+    most = MAX_COLUMNS // 2 if is_halved else min(MAX_COLUMNS, MAX_ACCUMULATORS * 128 // rows // parts)
     splits = [split for split in range(1, 2 if gated else 17) if split == 1 or in_features // block_k >= 2 * split]
     shapes = itertools.product(range(ALIGNMENT, most + 1, ALIGNMENT), splits)
     tiles_t = -(-tokens // (consumers * rows))

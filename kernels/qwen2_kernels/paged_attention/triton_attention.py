@@ -55,22 +55,19 @@ def decode_config(q: Array, k_pool: Array, block_tables: Array) -> DecodeConfig:
     pairs, longest = rows * kv_heads, blocks * k_pool.shape[1]
     wanted = max(PROGRAMS // pairs if pairs < PROGRAMS // 2 else 1, -(-longest // LONGEST_CHUNK))
     splits = min(wanted, 64, -(-longest // 128))
-    if jnp.finfo(k_pool.dtype).bits == 8:
-        chunk = 128 if pairs <= 16 else 256 if pairs < PROGRAMS // 2 else 1024
+    many = pairs >= PROGRAMS // 2
+    bits = jnp.finfo(k_pool.dtype).bits
+    if bits == 8:
+        chunk = 1024 if many else 256 if pairs > 16 else 128
         default = DecodeConfig(block_n=32, num_warps=2, num_stages=6, num_splits=splits, min_chunk=chunk)
-    elif pairs <= 32:  # too few programs to hide a read behind others: few and wide reads
-        default = DecodeConfig(
-            block_n=128 if head_dim > 64 or pairs <= 8 else 64,
-            num_warps=8 if head_dim > 64 or pairs <= 8 else 2,
-            num_stages=3,
-            num_splits=splits,
-            min_chunk=192,
-        )
-    elif head_dim <= 64 and pairs < PROGRAMS // 2:
-        default = DecodeConfig(block_n=64, num_warps=2, num_stages=4, num_splits=splits, min_chunk=320)
     else:
-        chunk = 256 if pairs < PROGRAMS // 2 else 1024
-        default = DecodeConfig(block_n=64, num_warps=4, num_stages=4, num_splits=splits, min_chunk=chunk)
+        is_wide = pairs <= 8 if head_dim > 64 else pairs > 32
+        block_n, num_stages = (128, 2) if is_wide else (64, 3)
+        chunk = 1024 if many else 128 if is_wide or pairs > 32 else 64
+        block_n = block_n * 16 // bits  # as many bytes in float32
+        default = DecodeConfig(
+            block_n=block_n, num_warps=4, num_stages=num_stages, num_splits=splits, min_chunk=chunk
+        )
     return tuned("paged_attention_decode", f"{k_pool.dtype.name}-{head_dim}-{group}-{pairs}", DecodeConfig, default)
 
 

@@ -17,6 +17,8 @@ from jax import Array
 from qwen2_kernels.launch import triton_call
 
 LOG2E = 1.4426950408889634
+COMBINED_PARTS = 8
+"""Partial results that are read at a time: what one program can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ def _combine(
     G: tl.constexpr,
     H: tl.constexpr,
     SPLITS_P: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Return the weighted sum of `used` partial results, [GP, H]. Other programs wrote them: the L1 cache is passed."""
     is_head = head < G
@@ -78,8 +81,8 @@ def _combine(
     top = tl.where(is_head, tl.max(lse, 0), 0.0)
     total = tl.sum(tl.exp2(lse - top[None, :]), 0)
     out = tl.zeros([head.shape[0], lane.shape[0]], tl.float32)
-    for base in tl.range(0, used, 4):
-        few = base + tl.arange(0, 4)
+    for base in tl.range(0, used, PARTS):
+        few = base + tl.arange(0, PARTS)
         is_part = (few < used)[:, None] & is_head[None, :]
         part = (first_part + few)[:, None] * G + head[None, :]
         weights = tl.load(lse_ptr + part, mask=is_part, other=float("-inf"), cache_modifier=".cg")
@@ -113,6 +116,7 @@ def _decode_kernel(
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr,
+    PARTS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -163,7 +167,7 @@ def _decode_kernel(
             tl.debug_barrier()  # every warp's part is written before the program says so
             if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == used - 1:
                 tl.store(counters_ptr + pair, 0)
-                out = _combine(partial_ptr, lse_ptr, pair * SPLITS, used, head, lane, G, H, SPLITS_P)
+                out = _combine(partial_ptr, lse_ptr, pair * SPLITS, used, head, lane, G, H, SPLITS_P, PARTS)
                 tl.store(out_ptr + query, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
 
 
@@ -208,6 +212,7 @@ def decode_attention(
         BN=config.block_n,
         SPLITS=splits,
         SPLITS_P=triton.next_power_of_2(splits),
+        PARTS=min(triton.next_power_of_2(splits), COMBINED_PARTS),
         MIN_CHUNK=config.min_chunk,
         WINDOW=window,
         RAGGED=ragged,
