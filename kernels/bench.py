@@ -12,7 +12,8 @@ needs over the bandwidth, or its operations over the rate of a large matrix prod
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,9 @@ def main() -> None:
         if name not in known:
             parser.error(f"{name!r} is not one of {', '.join(known)}")
 
-    cases = [
-        case
-        for op in OPS
-        if op in ops
-        for name in geometries
-        for case in OPS[op](
-            Selection(
-                name=name,
-                geometry=QWEN2_5[name],
-                dtypes=tuple(arguments.dtypes.split(",")),
-                tune=arguments.tune,
-            )
-        )
-        if case.headline or not arguments.headline
-    ]
+    chosen = partial(Selection, dtypes=tuple(arguments.dtypes.split(",")), tune=arguments.tune)
+    cases = select_cases(ops, [chosen(name=name, geometry=QWEN2_5[name]) for name in geometries])
+    cases = [case for case in cases if case.headline or not arguments.headline]
     limits = measure_limits()
     kind = jax.devices()[0].device_kind
     print(f"{kind}: read {limits.bandwidth / 1e12:.2f} TB/s, matmul {limits.flops / 1e12:.0f} TFLOP/s", flush=True)
@@ -82,6 +71,11 @@ def main() -> None:
         write_record(arguments.out, rows, **facts)
     if arguments.tune:
         print("written:", write_tuned(cases, rows))
+
+
+def select_cases(ops: Sequence[str], selections: Sequence[Selection]) -> list[Case]:
+    """Return the cases of `ops`, in the order of `OPS`, and of each geometry."""
+    return [case for op in OPS if op in ops for selection in selections for case in OPS[op](selection)]
 
 
 def format_row(row: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ class ModelConfig:
 
     @property
     def num_layer_parameters(self) -> int:
-        """Weights that every token is multiplied with: those of the layers' projections, without embeddings and head."""
+        """Weights that every token is multiplied with in the layers: the projections'."""
         attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
         return self.num_hidden_layers * (attention + 3 * self.intermediate_size * self.hidden_size)
 

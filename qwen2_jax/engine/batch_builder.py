@@ -26,7 +26,6 @@ from qwen2_jax.engine.step_inputs import (
 )
 from qwen2_jax.lora.sizes import LoRASizes
 
-PER_TOKEN = ("input_ids", "position_ids", "token_rows", "slot_mapping")
 _CHANGE_LOGITS = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
 _PER_CALL = ("row_indices", "sample_positions", "last_positions", "output_indices")
 
@@ -90,9 +89,9 @@ class BatchBuilder:
         views["num_steps"][0] = output.num_steps
         self._fill_tables(views, output)
         self._fill_sampling(views, output)
-        for index, row in enumerate(output.rows):
-            views["position_ids"][index] = row.start
-            views["input_ids"][index] = _known_token(row.request, row.start)
+        count = len(output.rows)
+        views["position_ids"][:count] = [row.start for row in output.rows]
+        views["input_ids"][:count] = [token for row in output.rows for token in _known_tokens(row)]
         return bucket, packed
 
     def prefill(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
@@ -103,16 +102,8 @@ class BatchBuilder:
         packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence, lora))
         if lora is not None:
             fill_step(views, output, lora)
-        views["slot_mapping"][:] = -1
-        views["token_rows"][:] = self._config.max_num_seqs
         self._fill_tables(views, output)
-        start = 0
-        for index, row in enumerate(output.rows):
-            end = start + row.num_tokens
-            self._fill_tokens({name: views[name][start:end] for name in PER_TOKEN}, row)
-            views["context_lens"][index] = row.start + row.num_tokens
-            views["query_start_loc"][index + 1 :] = end
-            start = end
+        self._fill_tokens(views, output)
         return bucket, packed
 
     def sample(self, output: SchedulerOutput) -> tuple[int, np.ndarray]:
@@ -166,17 +157,23 @@ class BatchBuilder:
         """Return what a program of the head takes of adapters; None where none changes the head."""
         return step_lora(self._lora, rows, rows) if self._lora is not None and changes_vocab(output) else None
 
-    def _fill_tokens(self, part: dict[str, np.ndarray], row: ScheduledRow) -> None:
-        request, stop = row.request, row.start + row.num_tokens
-        known = min(stop, request.num_tokens)
-        part["input_ids"][:] = -1
-        part["input_ids"][: known - row.start] = request.tokens(row.start, known)
-        positions = np.arange(row.start, stop, dtype=np.int32)
-        block_size = self._config.block_size
-        part["position_ids"][:] = positions
-        part["token_rows"][:] = request.row_index
-        part["slot_mapping"][:] = (
-            self._tables[request.row_index][positions // block_size] * block_size + positions % block_size
+    def _fill_tokens(self, views: dict[str, np.ndarray], output: SchedulerOutput) -> None:
+        """Lay out the rows' tokens on T, one row behind another."""
+        starts, counts, rows = _row_facts(output)
+        ends = np.cumsum(counts)
+        total, block_size = ends[-1], self._config.block_size
+        views["context_lens"][: len(starts)] = starts + counts
+        views["query_start_loc"][1 : len(starts) + 1] = ends
+        views["query_start_loc"][len(starts) + 1 :] = total
+        positions = np.arange(total) + np.repeat(starts - ends + counts, counts)
+        token_rows = np.repeat(rows, counts)
+        views["input_ids"][:total] = [token for row in output.rows for token in _known_tokens(row)]
+        views["position_ids"][:total] = positions
+        views["token_rows"][:] = self._config.max_num_seqs
+        views["token_rows"][:total] = token_rows
+        views["slot_mapping"][:] = -1
+        views["slot_mapping"][:total] = (
+            self._tables[token_rows, positions // block_size] * block_size + positions % block_size
         )
 
     def _fill_tables(self, views: dict[str, np.ndarray], output: SchedulerOutput) -> None:
@@ -193,12 +190,12 @@ class BatchBuilder:
         views["row_indices"][: len(output.rows)] = _row_indices(output.rows)
         views["sample_positions"][:] = NOWHERE
         views["last_positions"][:] = -1
-        for index, row in enumerate(output.rows):
-            if row.samples:
-                position = row.start + row.num_tokens
-                views["sample_positions"][index] = position
-                views["last_positions"][index] = position + row.num_steps - 1
-                views["output_indices"][index] = position - row.request.num_prompt_tokens
+        rows = [(row.start + row.num_tokens, row.num_steps, row.request.num_prompt_tokens) for row in output.rows]
+        positions, steps, prompts = np.array(rows, np.int32).T
+        samples = np.flatnonzero([row.samples for row in output.rows])
+        views["sample_positions"][samples] = positions[samples]
+        views["last_positions"][samples] = (positions + steps - 1)[samples]
+        views["output_indices"][samples] = (positions - prompts)[samples]
         for name, values in self._sampling.items():
             views[name][:] = values[views["row_indices"]]
 
@@ -224,9 +221,16 @@ def _last_tokens(output: SchedulerOutput) -> np.ndarray:
     return np.cumsum([row.num_tokens for row in output.rows]) - 1
 
 
-def _known_token(request: Request, position: int) -> int:
-    """Return the token at `position`, or -1 while the call that samples it has not been read."""
-    return request.tokens(position, position + 1)[0] if position < request.num_tokens else -1
+def _known_tokens(row: ScheduledRow) -> list[int]:
+    """Return the row's tokens, -1 for one that a call which has not been read samples."""
+    stop, known = row.start + row.num_tokens, row.request.num_tokens
+    return row.request.tokens(row.start, min(stop, known)) + [-1] * max(stop - max(known, row.start), 0)
+
+
+def _row_facts(output: SchedulerOutput) -> tuple[np.ndarray, ...]:
+    """Return where each row's tokens start, how many it has, and its index in the per-request state."""
+    facts = [(row.start, row.num_tokens, row.request.row_index) for row in output.rows]
+    return tuple(np.array(facts, np.int64).T)
 
 
 def _bucket(buckets: tuple[int, ...], size: int) -> int:

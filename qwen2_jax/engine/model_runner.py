@@ -18,6 +18,7 @@ from qwen2_jax.engine.adapter_tables import changes_vocab, has_vectors, uses_ada
 from qwen2_jax.engine.batch_builder import BatchBuilder
 from qwen2_jax.engine.compilation import CompilationCounter, ProgramSpec, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
+from qwen2_jax.engine.logit_bias import LogitBias
 from qwen2_jax.engine.lowered_programs import import_program
 from qwen2_jax.engine.lowering_pool import LoweringPool
 from qwen2_jax.engine.model_loader import LoadedModel
@@ -119,7 +120,8 @@ class ModelRunner:
             for request in output.admitted:
                 self._admit(request)
             for row in output.rows:
-                self._update_logit_bias(row)
+                if row.request.logit_bias is not None:
+                    self._update_logit_bias(row, row.request.logit_bias)
             return self._embed(output) if self._is_embedding else self._generate(output)
 
     def close(self) -> None:
@@ -194,12 +196,12 @@ class ModelRunner:
         if request.logit_bias is not None:
             request.logit_bias.reset()
 
-    def _update_logit_bias(self, row: ScheduledRow) -> None:
+    def _update_logit_bias(self, row: ScheduledRow, bias: LogitBias) -> None:
         request = row.request
-        if request.logit_bias is None or not row.samples or request.row_index is None:
+        if not row.samples or request.row_index is None:
             return
         num_outputs = row.start + row.num_tokens - request.num_prompt_tokens
-        present, vector = request.logit_bias.update(request, num_outputs)
+        present, vector = bias.update(request, num_outputs)
         self._builder.set_logit_bias(request.row_index, present)
         if vector is not None:
             self._set_row("logit_bias", request, vector)

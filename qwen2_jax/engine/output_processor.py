@@ -54,7 +54,11 @@ class SequenceOutput:
     def take(self, result: RowResult) -> bool:
         """Take in the tokens that the request has got; return whether a stop string has ended it."""
         start = len(self._token_ids)
-        for offset, token in enumerate(self.request.output_token_ids[start:]):
+        new = self.request.output_token_ids[start:]
+        if self._detokenizer is None and result.logprobs is None:
+            self._token_ids += new
+            new = []
+        for offset, token in enumerate(new):
             self._token_ids.append(token)
             if result.logprobs is not None:
                 self._add_logprobs(token, result.logprobs[offset])

@@ -11,7 +11,7 @@ from qwen2_jax.engine.block_manager import BlockManager
 from qwen2_jax.engine.request import FinishReason, Request, RequestStatus
 from qwen2_jax.engine.request_queues import RequestQueues
 from qwen2_jax.engine.schedule import AdapterGate, ScheduledRow, SchedulerConfig, SchedulerOutput
-from qwen2_jax.engine.stopping import check_token_stop
+from qwen2_jax.engine.stopping import check_token_stop, count_passing
 from qwen2_jax.errors import CapacityError, RequestError
 from qwen2_jax.lora.entry import Admission
 
@@ -274,7 +274,9 @@ class Scheduler:
     def _update_row(self, row: ScheduledRow, tokens: list[int]) -> bool:
         """Apply one row's results and return whether its request changed for the outside."""
         request, stop = row.request, None
-        for token in tokens:
+        passing = count_passing(request, tokens)
+        request.output_token_ids += tokens[:passing]
+        for token in tokens[passing:]:
             request.output_token_ids.append(token)
             stop = check_token_stop(request)
             if stop is not None:

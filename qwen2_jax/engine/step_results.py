@@ -1,7 +1,7 @@
 """What a launched call gives: read once, from copies to the host that started with the launch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +12,7 @@ from qwen2_jax.types import Logprob, LogprobsOnePosition
 _LOGPROB_FIELDS = ("logprobs", "ranks", "top_logprobs", "top_ids", "chosen_logprobs", "chosen_ranks")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowResult:
+class RowResult(NamedTuple):
     """One row's share of a call."""
 
     token_ids: list[int]
@@ -54,11 +53,12 @@ class Launched:
         prompt = _gather(self._prompt_logprobs)
         pooled = None if self._pooled is None else np.asarray(self._pooled)
         results, start = [], 0
+        token_ids = samples["token_ids"].T.tolist() if samples else []
         for index, row in enumerate(self.output.rows):
             steps = row.num_steps if row.samples else 0
             results.append(
                 RowResult(
-                    token_ids=samples["token_ids"][:steps, index].tolist() if steps else [],
+                    token_ids=token_ids[index][:steps] if steps else [],
                     logprobs=_logprobs(samples, row, index, steps),
                     prompt_logprobs=_prompt_logprobs(prompt, row, start),
                     pooled=pooled[index] if pooled is not None and row.completes_pooling else None,

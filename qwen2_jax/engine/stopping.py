@@ -38,6 +38,19 @@ def check_token_stop(request: Request) -> Stop | None:
     return None
 
 
+def count_passing(request: Request, tokens: Sequence[int]) -> int:
+    """Return how many of the next `tokens`, the first ones, end nothing; `check_token_stop` tells of the others."""
+    params = request.sampling_params
+    if params is None or params.repetition_detection is not None:
+        return 0
+    count = max(min(len(tokens), request.max_total_tokens - request.num_tokens - 1), 0)
+    ends = () if params.ignore_eos else request.eos_token_ids
+    for ending in (*ends, *(params.stop_token_ids or ())):
+        if ending in tokens[:count]:
+            count = tokens.index(ending)
+    return count
+
+
 def ends_in_repetition(tokens: Sequence[int], pattern_size: int, count: int) -> bool:
     """Whether `tokens` ends in some pattern of `pattern_size` tokens repeated `count` times without a gap."""
     length = len(tokens)

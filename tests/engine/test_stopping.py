@@ -1,11 +1,12 @@
 """Which token ends a request, and which condition wins."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from qwen2_jax.engine.request import Request
-from qwen2_jax.engine.stopping import Stop, check_token_stop, ends_in_repetition
+from qwen2_jax.engine.stopping import Stop, check_token_stop, count_passing, ends_in_repetition
 from qwen2_jax.types import RepetitionDetectionParams, SamplingParams
 
 EOS = 2
@@ -13,7 +14,7 @@ STOP = Stop("stop", None)
 LENGTH = Stop("length", None)
 
 
-def stop_of(outputs: list[int], params: SamplingParams | None, *, max_model_len: int = 100) -> Stop | None:
+def make_request(outputs: list[int], params: SamplingParams | None, max_model_len: int = 100) -> Request:
     request = Request(
         request_id="r",
         prompt_token_ids=[5, 6, 7],
@@ -22,7 +23,34 @@ def stop_of(outputs: list[int], params: SamplingParams | None, *, max_model_len:
         eos_token_ids=(EOS, 3),
     )
     request.output_token_ids = outputs
-    return check_token_stop(request)
+    return request
+
+
+def stop_of(outputs: list[int], params: SamplingParams | None, *, max_model_len: int = 100) -> Stop | None:
+    return check_token_stop(make_request(outputs, params, max_model_len))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_passing_tokens_end_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    params = SamplingParams(
+        max_tokens=rng.randrange(1, 14),
+        min_tokens=rng.choice([0, 1]),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=rng.choice([[], [7], [8, 9]]),
+        repetition_detection=rng.choice([None, None, RepetitionDetectionParams(max_pattern_size=2, min_count=2)]),
+    )
+    request = make_request([10] * rng.randrange(0, params.max_tokens or 1), params, rng.randrange(5, 20))
+    tokens = [rng.randrange(2, 40) for _ in range(rng.randrange(0, 9))]
+    passing = count_passing(request, tokens)
+    ends = []
+    for token in tokens[:passing]:
+        request.output_token_ids.append(token)
+        ends.append(check_token_stop(request))
+    assert not any(ends)
+    if params.repetition_detection is None and passing < len(tokens):  # and no token is left that would pass
+        request.output_token_ids.append(tokens[passing])
+        assert check_token_stop(request) is not None or len(request.output_token_ids) < params.min_tokens
 
 
 def test_end_tokens_stop_without_a_reason() -> None:

@@ -1,7 +1,6 @@
 """`kernels/bench.py` without a GPU: what is timed and how, at the sizes of a tiny model."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ GEOMETRY = Geometry(
 LIMITS = Limits(bandwidth=1e9, flops=1e12)
 
 
-def cases(*, tune: bool = False) -> Iterator[Case]:
-    for make in bench.OPS.values():
-        yield from make(Selection(name="tiny", geometry=GEOMETRY, tune=tune))
+def cases(*, tune: bool = False) -> list[Case]:
+    return bench.select_cases([*bench.OPS], [Selection(name="tiny", geometry=GEOMETRY, tune=tune)])
 
 
 ALL = {(case.op, case.implementation, case.shape, case.dtype): case for case in cases()}
@@ -47,6 +45,13 @@ def test_every_op_has_headlines() -> None:
     ops = {case.op for case in ALL.values()}
     assert ops == {case.op for case in ALL.values() if case.headline}
     assert ops >= {"linear", "rms_norm", "paged_attention_decode", "paged_attention_ragged", "flash_attention"}
+
+
+def test_cases_come_by_op_and_geometry() -> None:
+    selections = [Selection(name=name, geometry=GEOMETRY) for name in ("a", "b")]
+    chosen = bench.select_cases(["thresholds", "linear"], selections)
+    places = [(case.op in ("top_k_threshold", "top_p_threshold"), case.geometry) for case in chosen]
+    assert places == sorted(places) and len(set(places)) == 4
 
 
 @pytest.mark.slow

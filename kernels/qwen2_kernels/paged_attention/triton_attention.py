@@ -65,9 +65,7 @@ def decode_config(q: Array, k_pool: Array, block_tables: Array) -> DecodeConfig:
         block_n, num_stages = (128, 2) if is_wide else (64, 3)
         chunk = 1024 if many else 128 if is_wide or pairs > 32 else 64
         block_n = block_n * 16 // bits  # as many bytes in float32
-        default = DecodeConfig(
-            block_n=block_n, num_warps=4, num_stages=num_stages, num_splits=splits, min_chunk=chunk
-        )
+        default = DecodeConfig(block_n=block_n, num_warps=4, num_stages=num_stages, num_splits=splits, min_chunk=chunk)
     return tuned("paged_attention_decode", f"{k_pool.dtype.name}-{head_dim}-{group}-{pairs}", DecodeConfig, default)
 
 
