@@ -111,8 +111,8 @@ class EngineConfig:
     """Tokens of one step, over all its sequences. None: 8192 on a GPU, 512 on a CPU."""
     max_num_mixed_tokens: int | None = None
     """The same for a step that decodes, beside prompts, a sequence whose tokens are streamed: who reads them waits for
-    it. None: on a GPU 2048 for a model of 7B and more, for a smaller one what takes as long, and twice `max_num_seqs` at
-    least; as many as others on a CPU, and without chunked prefill."""
+    it. None: on a GPU 2048 for a model of 7B and more, for a smaller one what takes as long, at least twice
+    `max_num_seqs`; as many as others on a CPU, and without chunked prefill."""
     max_decode_steps: int | None = None
     """Decode steps that the host starts without looking at their tokens. None: 8 on a GPU, 1 on a CPU."""
     enable_chunked_prefill: bool = True
