@@ -47,7 +47,7 @@ class LoadConfig:
     runner: Runner = "auto"
     """`"pooling"` makes an embeddings model of a language model; `"auto"` goes by the architecture."""
     use_tqdm_on_load: bool = True
-    lowering_workers: int | None = 0
+    lowering_workers: int | None = None
     """Processes that trace and lower programs, which this one compiles; 0: this one lowers them, too. None: as many as
     the host's cores and memory allow where there is a GPU, which they do not touch; none on a CPU."""
 
