@@ -1,5 +1,7 @@
 """Compiles the device programs ahead of time, in parallel, and counts what is compiled after that."""
 
+import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from qwen2_jax.engine.executable_cache import ExecutableCache
+from qwen2_jax.parallel import replicated
+
+logger = logging.getLogger(__name__)
 
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -23,6 +29,12 @@ _GPU_OPTIONS: dict[str, bool | int | str] = {
     # Time cuBLAS's candidates, without comparing their results with one another's.
     "xla_gpu_autotune_level": 1,
 }
+_EXPERIMENTAL_OPTIONS = {
+    # It compiles each fusion on its own to choose between two emitters, which is almost half of the compilation, and
+    # times them on the GPU, one thread at a time.
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
+"""Left out where XLA does not know them, as another version may."""
 _NO_GRAPH = {"xla_gpu_graph_min_graph_size": 2**30}
 _CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
@@ -58,7 +70,23 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         if mesh.devices.flat[0].platform != "gpu":
             return lowered.compile()
         graph = _CONCURRENT if spec.is_concurrent else {}
-        return lowered.compile(_GPU_OPTIONS | (graph if spec.as_graph else _NO_GRAPH))
+        return lowered.compile(_gpu_options(mesh) | (graph if spec.as_graph else _NO_GRAPH))
+
+
+@functools.cache
+def _gpu_options(mesh: Mesh) -> dict[str, bool | int | str]:
+    """Return the options for every program, for the GPUs of `mesh`."""
+    known = dict(_GPU_OPTIONS)
+    smallest = jax.jit(lambda: jnp.zeros(()), out_shardings=replicated(mesh)).lower()
+    for name, value in _EXPERIMENTAL_OPTIONS.items():
+        try:
+            smallest.compile({name: value})
+            known[name] = value
+        except jax.errors.JaxRuntimeError as error:
+            if f"No such compile option: '{name}'" not in str(error):
+                raise
+            logger.info("this version of XLA does not know the option %s", name)
+    return known
 
 
 def compile_programs[K](
