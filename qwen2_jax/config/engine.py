@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from qwen2_jax.config.checks import check_choice, check_int, check_number, check_type
+from qwen2_jax.config.load import LoadConfig
 from qwen2_jax.config.lora import LoRAConfig
 from qwen2_jax.config.model import ModelConfig
 from qwen2_jax.errors import ConfigError, reject_unknown
 
-LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-Runner = Literal["auto", "generate", "pooling"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 # vLLM's options that are not built: what each means here, and the values that ask for nothing.
@@ -33,42 +32,6 @@ _MIXED_PRODUCTS = 13_400_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig:
-    """Where a model comes from, how it is read, and how its programs are compiled."""
-
-    load_format: LoadFormat = "auto"
-    """`"auto"` looks at the files; `"dummy"` reads only the config and draws random weights."""
-    dtype: DType = "auto"
-    """`"auto"`: the checkpoint's on a GPU, float32 on a CPU, whose half-precision matmuls are slow."""
-    revision: str | None = None
-    hf_token: str | bool | None = None
-    hf_overrides: Mapping[str, Any] | None = None
-    """Laid over config.json: objects merge, None removes."""
-    runner: Runner = "auto"
-    """`"pooling"` makes an embeddings model of a language model; `"auto"` goes by the architecture."""
-    use_tqdm_on_load: bool = True
-    lowering_workers: int | None = None
-    """Processes that trace and lower programs, which this one compiles; 0: this one lowers them, too. None: as many as
-    the host's cores and memory allow where there is a GPU, which they do not touch; none on a CPU."""
-
-    def __post_init__(self) -> None:
-        _check_choice("load_format", self.load_format, get_args(LoadFormat))
-        _check_choice("dtype", self.dtype, get_args(DType))
-        _check_choice("runner", self.runner, get_args(Runner))
-        _check_type("revision", self.revision, str | None, "a string or None")
-        _check_type("hf_token", self.hf_token, str | bool | None, "a string, True, False or None")
-        _check_type("hf_overrides", self.hf_overrides, Mapping | None, "a dict or None")
-        _check_type("use_tqdm_on_load", self.use_tqdm_on_load, bool, "True or False")
-        _check_int("lowering_workers", self.lowering_workers, 0, 64, optional=True)
-
-    def resolve_dtype(self, checkpoint_dtype: str, platform: str) -> str:
-        """Return the dtype that weights and activations have on `platform`."""
-        if self.dtype != "auto":
-            return self.dtype
-        return "float32" if platform == "cpu" else checkpoint_dtype
-
-
-@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """The paged key-value cache."""
 
@@ -85,12 +48,12 @@ class CacheConfig:
     """`"auto"` is the model's dtype."""
 
     def __post_init__(self) -> None:
-        _check_int("block_size", self.block_size, 1, 1024, optional=True)
-        if not 0 < _number("gpu_memory_utilization", self.gpu_memory_utilization) <= 1:
+        check_int("block_size", self.block_size, 1, 1024, optional=True)
+        if not 0 < check_number("gpu_memory_utilization", self.gpu_memory_utilization) <= 1:
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} is not in (0, 1]")
-        _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, optional=True)
-        _check_int("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, optional=True)
-        _check_type("enable_prefix_caching", self.enable_prefix_caching, bool, "True or False")
+        check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, optional=True)
+        check_int("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, optional=True)
+        check_type("enable_prefix_caching", self.enable_prefix_caching, bool, "True or False")
         if self.kv_cache_dtype != "auto":
             raise ConfigError(
                 f"kv_cache_dtype={self.kv_cache_dtype!r} is not served yet: only 'auto', the model's dtype, is"
@@ -126,13 +89,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens"):
-            _check_int(name, getattr(self, name), 1, optional=True)
-        _check_int("max_decode_steps", self.max_decode_steps, 1, 64, optional=True)
-        _check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
-        _check_int("seed", self.seed, 0, 2**63 - 1)
-        _check_int("max_logprobs", self.max_logprobs, -1)
-        _check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
-        _check_type("enable_chunked_prefill", self.enable_chunked_prefill, bool, "True or False")
+            check_int(name, getattr(self, name), 1, optional=True)
+        check_int("max_decode_steps", self.max_decode_steps, 1, 64, optional=True)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        check_int("max_logprobs", self.max_logprobs, -1)
+        check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
+        check_type("enable_chunked_prefill", self.enable_chunked_prefill, bool, "True or False")
 
     def resolve(self, model: ModelConfig, platform: str, *, skips_padding: bool = False) -> "ResolvedConfig":
         """Fill in what depends on the model and on `platform` (`"gpu"` or `"cpu"`), and check the whole.
@@ -282,27 +245,3 @@ def split_options(options: Mapping[str, Any]) -> tuple[LoadConfig, EngineConfig]
 
 def _names(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-
-
-def _check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name}={value!r} is not {wanted}")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}={value!r} is not a number")
-    return value
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} is not an integer {limits}")

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from qwen2_jax.config.checks import check_int, check_type
 from qwen2_jax.errors import ConfigError
 
 RANKS_PER_PAGE = 16
 """Ranks are counted in pages of so many: an adapter takes what its rank needs, not what the largest would."""
+
+_MOST = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +32,12 @@ class LoRAConfig:
     as far as half of the host's free memory reaches."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enable_lora, bool):
-            raise ConfigError(f"enable_lora={self.enable_lora!r} is not True or False")
-        sizes = {"max_loras": self.max_loras, "max_lora_rank": self.max_lora_rank, "max_cpu_loras": self.max_cpu_loras}
-        for name, value in sizes.items():
-            if value is None and name != "max_lora_rank":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
-                raise ConfigError(f"{name}={value!r} is not an integer from 1 to 100000")
-        for name, value in {"max_vocab_loras": self.max_vocab_loras, "max_full_vocab": self.max_full_vocab}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100_000:
-                raise ConfigError(f"{name}={value!r} is not an integer from 0 to 100000")
+        check_type("enable_lora", self.enable_lora, bool, "True or False")
+        check_int("max_loras", self.max_loras, 1, _MOST, optional=True)
+        check_int("max_lora_rank", self.max_lora_rank, 1, _MOST)
+        check_int("max_cpu_loras", self.max_cpu_loras, 1, _MOST, optional=True)
+        check_int("max_vocab_loras", self.max_vocab_loras, 0, _MOST)
+        check_int("max_full_vocab", self.max_full_vocab, 0, _MOST)
         if self.max_loras is not None and self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(f"max_cpu_loras={self.max_cpu_loras} is less than max_loras={self.max_loras}")
 

@@ -18,6 +18,7 @@ from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConf
 from qwen2_jax.engine.block_manager import peak_blocks
 from qwen2_jax.engine.compilation import use_persistent_cache
 from qwen2_jax.engine.engine import Engine
+from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.input_processor import InputProcessor
 from qwen2_jax.engine.lowering_pool import LoweringPool, choose_workers
 from qwen2_jax.engine.model_loader import LoadedModel, load_model, model_config
@@ -36,7 +37,7 @@ from qwen2_jax.models.checkpoint import Checkpoint
 from qwen2_jax.models.ops import skips_padding
 from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weights import open_checkpoint
-from qwen2_jax.parallel import TP
+from qwen2_jax.parallel import TP, make_mesh
 from qwen2_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,10 @@ def build_engine(
     platform = jax.default_backend()
     dtype = jnp.dtype(load.resolve_dtype(model.dtype, platform))
     config = options.resolve(model, platform, skips_padding=skips_padding(dtype))
-    with _lowering_pool(load.lowering_workers, platform) as pool:  # its processes get ready while weights are read
+    record = _start_record(cache_directory, platform, model, options, dtype)
+    is_known = record is not None and "start" in record
+    # Its processes get ready while weights are read, unless a start like this one has kept its programs.
+    with _lowering_pool(load.lowering_workers, platform, at_once=not is_known) as pool:
         loaded = load_model(checkpoint, model, load, options)
         logger.info("loaded %s: %s, %s", path, model.architecture, loaded.dtype)
         limits = _scheduler_config(model, config)
@@ -76,6 +80,8 @@ def build_engine(
         scheduler, num_blocks = Scheduler(limits, runner.num_blocks, adapters), runner.num_blocks
         # Last, because it takes longest and nothing can be refused after it.
         runner.compile(pool, use_tqdm=load.use_tqdm_on_load)
+    if record is not None:
+        record.write("start", b"")
     if runner.num_blocks != num_blocks:
         scheduler = Scheduler(limits, runner.num_blocks, adapters)
     inputs = InputProcessor(model, config, tokenizer, _eos_token_ids(model, tokenizer, generation_config))
@@ -85,12 +91,21 @@ def build_engine(
     return Engine(runner, scheduler, inputs, tokenizer, adapters), model, config
 
 
-def _lowering_pool(count: int | None, platform: str) -> AbstractContextManager[LoweringPool | None]:
-    """Start `count` lowering workers, or, with None, as many as this machine has room for."""
+def _start_record(
+    cache_directory: Path, platform: str, model: ModelConfig, options: EngineConfig, dtype: jnp.dtype
+) -> ExecutableCache | None:
+    """Return where a start of this model with these options leaves a note; None on a CPU, which keeps no programs."""
+    if platform == "cpu":
+        return None
+    return ExecutableCache(cache_directory / "starts", make_mesh(options.tensor_parallel_size), model, options, dtype)
+
+
+def _lowering_pool(count: int | None, platform: str, *, at_once: bool) -> AbstractContextManager[LoweringPool | None]:
+    """Start `count` lowering workers, or, with None, as many as this machine has room for; see `LoweringPool`."""
     if count is None:
         cores, memory = os.cpu_count() or 1, psutil.virtual_memory().available
         count = choose_workers(platform=platform, cores=cores, host_bytes=memory)
-    return LoweringPool(count) if count else nullcontext()
+    return LoweringPool(count, at_once=at_once) if count else nullcontext()
 
 
 def read_checkpoint(path: Path, load: LoadConfig) -> Checkpoint:

@@ -51,10 +51,13 @@ _Settled = queue.SimpleQueue[tuple[ProgramKey, bytes | None] | None]
 class LoweringPool:
     """Worker processes, from `__enter__` to `__exit__`."""
 
-    def __init__(self, count: int) -> None:
-        """Start `count` processes; they get ready while this one does other things."""
-        self._workers = [_Worker(number) for number in range(count)]
+    def __init__(self, count: int, *, at_once: bool = True) -> None:
+        """Start `count` processes, which get ready while this one does other things; or else when they are needed."""
+        self._count = count
+        self._workers: list[_Worker] = []
         self._threads: list[threading.Thread] = []
+        if at_once:
+            self._start()
 
     def __enter__(self) -> "LoweringPool":
         return self
@@ -79,6 +82,7 @@ class LoweringPool:
         if len(keys) < _FEWEST_PROGRAMS:
             yield from ((key, None) for key in keys)
             return
+        self._start()
         waiting: queue.SimpleQueue[list[ProgramKey]] = queue.SimpleQueue()
         for family in families(keys):
             waiting.put(family)
@@ -98,6 +102,10 @@ class LoweringPool:
                 yield program
         while group := _next(waiting):  # no worker lived to take them
             yield from ((key, None) for key in group)
+
+    def _start(self) -> None:
+        if not self._workers:
+            self._workers = [_Worker(number) for number in range(self._count)]
 
 
 class _Worker:

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from qwen2_jax.config import LoadConfig, ModelConfig
-from qwen2_jax.config.engine import DType
+from qwen2_jax.config.load import DType
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.models.orbax import save_orbax

@@ -4,16 +4,20 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen2_jax.config import EngineConfig, ModelConfig
+from qwen2_jax.engine import build
 from qwen2_jax.engine.compilation import ProgramSpec, compile_programs
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.lowered_programs import export_program, import_program
 from qwen2_jax.parallel import make_mesh, replicated
+from tests.engine.processing import MODEL
 
 MESH = make_mesh(1)
 
@@ -97,3 +101,17 @@ def test_what_is_not_kept_is_compiled_as_others_have_lowered_it(tmp_path: Path) 
     assert run_all() == factors
     assert run_all() == factors
     assert asked == [["lowered", "left"]]
+
+
+def test_a_start_is_known_by_its_model_and_options(tmp_path: Path) -> None:
+    model = ModelConfig.from_hf(MODEL)
+
+    def record(**options: Any) -> ExecutableCache:
+        found = build._start_record(tmp_path, "gpu", model, EngineConfig(**options), jnp.dtype("bfloat16"))
+        assert found is not None
+        return found
+
+    assert build._start_record(tmp_path, "cpu", model, EngineConfig(), jnp.dtype("bfloat16")) is None
+    assert "start" not in record()
+    record().write("start", b"")
+    assert "start" in record() and "start" not in record(max_num_seqs=3)

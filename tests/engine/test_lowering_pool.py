@@ -85,7 +85,7 @@ def test_workers_fit_the_machine(platform: str, cores: int, host: float, count: 
 @pytest.mark.parametrize("count, platform, expected", [(None, "cpu", 0), (0, "gpu", 0), (2, "cpu", 2)])
 def test_an_engine_starts_as_many_as_it_is_told(answer: Any, count: int | None, platform: str, expected: int) -> None:
     answer("pass")
-    with build._lowering_pool(count, platform) as pool:
+    with build._lowering_pool(count, platform, at_once=True) as pool:
         assert (0 if pool is None else len(pool._workers)) == expected
 
 
@@ -115,6 +115,13 @@ def test_a_pool_lowers_a_second_time(answer: Any, tmp_path: Path) -> None:
         for _ in range(2):
             assert missing(lower(pool, tmp_path)) == []
     assert all(len(processes) == 2 for processes in lowered_by(tmp_path).values())
+
+
+def test_workers_may_wait_until_there_is_work(answer: Any, tmp_path: Path) -> None:
+    answer("pass")
+    with LoweringPool(2, at_once=False) as pool:
+        assert pool._workers == [] and missing(lower(pool, tmp_path)) == []
+        assert len(pool._workers) == 2
 
 
 def test_few_programs_are_not_worth_a_message(answer: Any, tmp_path: Path) -> None:
