@@ -1,10 +1,12 @@
 """`paged_attention` and `flash_attention` as a layer calls them: decode steps, and steps with prefills."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,6 +18,8 @@ from qwen2_kernels.specs import DECODE_BENCHES, PREFILL_BENCHES, Row
 from benchmarking.case import Case, Selection, noise, num_arrays, num_calls
 
 BLOCK_SIZE = 64
+DECODE_BLOCKS = 128
+"""Columns of a decode step's tables at least: an engine of 8192 tokens has so many, whatever a row's context is."""
 MAX_XLA_ROWS = 32
 """Rows up to which XLA's decode attention is timed, and the only rows that it is timed for."""
 MAX_REFERENCE_TOKENS = 1024
@@ -73,7 +77,8 @@ def _make_paged(selection: Selection, dtype: str, rows: tuple[Row, ...], arrays:
     geometry = selection.geometry
     needed = [-(-length // BLOCK_SIZE) for _, length in rows]
     order = np.random.default_rng(0).permutation(np.arange(1, sum(needed) + 1, dtype=np.int32))
-    tables, start = np.zeros((len(rows), max(needed)), np.int32), 0
+    is_decode = all(queries == 1 for queries, _ in rows)
+    tables, start = np.zeros((len(rows), max(max(needed), DECODE_BLOCKS * is_decode)), np.int32), 0
     for row, blocks in enumerate(needed):
         tables[row, :blocks] = order[start : start + blocks]
         start += blocks
@@ -98,21 +103,19 @@ def _tuning_cases(
     selection: Selection, dtype: str, shape: str, rows: tuple[Row, ...], shared: dict[str, Any], *, is_decode: bool
 ) -> Iterator[Case]:
     """Every configuration worth trying for one step."""
-    from qwen2_kernels.paged_attention.triton_decode import DecodeConfig, decode_attention
+    from qwen2_kernels.paged_attention.triton_attention import decode_config
+    from qwen2_kernels.paged_attention.triton_decode import decode_attention
     from qwen2_kernels.paged_attention.triton_ragged import RaggedConfig, ragged_attention
 
     geometry = selection.geometry
     scales = {"scale": geometry.head_dim**-0.5, "window": None, "k_scale": 1.0, "v_scale": 1.0}
     key = f"{dtype}-{geometry.head_dim}-{geometry.group}"
     if is_decode:
-        pairs = len(rows) * geometry.num_key_value_heads
-        splits = (1, 2) if pairs >= 400 else (3, 4, 6) if pairs >= 100 else (8, 16) if pairs >= 32 else (32, 64)
-        blocks = (32, 64, 128) if pairs < 16 else (32, 64)
-        chunk = 1024 if pairs >= 400 else 256 if pairs >= 100 else 128
-        for block_n, (warps, stages), split in product(blocks, ((2, 4), (4, 4), (8, 3), (2, 6), (4, 6)), splits):
-            config = DecodeConfig(
-                block_n=block_n, num_warps=warps, num_stages=stages, num_splits=split, min_chunk=chunk
-            )
+        q, pools, tables, *_ = jax.eval_shape(shared["make"], jax.ShapeDtypeStruct((), jnp.uint32))
+        default, pairs = decode_config(q, pools[0][0], tables), len(rows) * geometry.num_key_value_heads
+        chunks = (default.min_chunk,) if default.num_splits == 1 else (64, 128, 256)
+        for block_n, (warps, stages), chunk in product((32, 64, 128), ((2, 3), (4, 2), (4, 3), (4, 4), (8, 2)), chunks):
+            config = replace(default, block_n=block_n, num_warps=warps, num_stages=stages, min_chunk=chunk)
             run = partial(decode_attention, out=None, **scales, config=config)
             function = partial(_attend, run, True)
             yield Case(implementation="triton", function=function, key=f"{key}-{pairs}", config=config, **shared)

@@ -32,8 +32,9 @@ DOT_CONFIGS = {
     "uneven_split_k": Config(block_n=16, block_k=32, block_t=16, split_k=3),
     "separate_norm": Config(block_n=32, block_k=32, block_t=16, fuse_norm=False),
 }
-H100 = AbstractMesh(
-    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+H100, A100 = (
+    AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=name, platform="gpu", num_cores=cores))
+    for name, cores in (("NVIDIA H100 80GB HBM3", 132), ("NVIDIA A100-SXM4-80GB", 108))
 )
 
 
@@ -142,8 +143,10 @@ def test_nan_stays_in_its_token(kind: str) -> None:
 
 
 @functools.cache
-def lowered(model: str, projection: str, tokens: int, config: Config | None = None) -> tuple[str, str]:
-    """The StableHLO and the PTX of a projection of Qwen2.5, compiled for an H100; default tiles without a config.
+def lowered(
+    model: str, projection: str, tokens: int, config: Config | None = None, gpu: AbstractMesh = H100
+) -> tuple[str, str]:
+    """The StableHLO and the PTX of a projection of Qwen2.5, compiled for a GPU; default tiles without a config.
 
     Its next projection reads the same kernel again.
     """
@@ -172,7 +175,7 @@ def lowered(model: str, projection: str, tokens: int, config: Config | None = No
         return result
 
     original = jax_triton.triton_lib.compile_ttir_to_ptx_inplace
-    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(H100):
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(gpu):
         patch.setattr(jax_triton.triton_lib, "compile_ttir_to_ptx_inplace", compile_to_ptx)
         traced = jax.jit(run).trace(struct(tokens, size), kernel, prefetch=kernel, **extra)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -205,9 +208,9 @@ def test_reads_past_the_first_level_cache() -> None:
 def test_asks_for_the_next_kernel(tokens: int, tiles: dict[str, int]) -> None:
     request = "cp.async.bulk.prefetch.L2.global"
     make_config: Any = Config
-    for size, count in ((0, 0), (1 << 20, 1)):
+    for size, gpu, count in ((0, H100, 0), (1 << 20, H100, 1), (1 << 20, A100, 0)):
         config = make_config(block_n=16, block_k=128, prefetch_bytes=size, **tiles)
-        assert lowered("0.5b", "down", tokens, config)[1].count(request) == count
+        assert lowered("0.5b", "down", tokens, config, gpu)[1].count(request) == count
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 32, 33, 64, 128, 200, 256, 1000])

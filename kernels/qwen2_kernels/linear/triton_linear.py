@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qwen2_kernels.hopper_config import unsupported_gpu
 from qwen2_kernels.launch import triton_call
 from qwen2_kernels.linear.activations import ACTIVATIONS
 from qwen2_kernels.linear.config import Config, default_config, tuning_key
@@ -165,8 +166,11 @@ def _config(shape: tuple[int, int, int], *, gated: bool) -> Config:
 
 
 def _prefetch_options(array: Array | None, config: Config, programs: int) -> dict[str, int]:
-    """Return what each program asks for, a multiple of 16 bytes, and how far behind the gate the up kernel lies."""
-    if array is None:
+    """Return what each program asks for, a multiple of 16 bytes, and how far behind the gate the up kernel lies.
+
+    GPUs before Hopper have no such request.
+    """
+    if array is None or unsupported_gpu() is not None:
         return {"PREFETCH": 0, "PREFETCH_HALF": 0}
     size = array.size * array.dtype.itemsize
     half = size // 2 if array.ndim == 3 else 0
