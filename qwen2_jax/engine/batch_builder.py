@@ -14,9 +14,9 @@ from qwen2_jax.engine.program_specs import step_lora
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
 from qwen2_jax.engine.step_inputs import (
-    NOWHERE,
     SAMPLING_FLOATS,
     SAMPLING_INTS,
+    Layout,
     StepLoRA,
     allocate,
     decode_layout,
@@ -83,7 +83,7 @@ class BatchBuilder:
         """Return the bucket, R, and the packed inputs of a call of decode rows."""
         bucket = _bucket(self._config.decode_buckets, len(output.rows))
         lora = self._step_lora(output, bucket, bucket)
-        packed, views = allocate(decode_layout(bucket, self._config.blocks_per_sequence, lora))
+        packed, views = self._allocate(decode_layout(bucket, self._config.blocks_per_sequence, lora))
         if lora is not None:
             fill_step(views, output, lora)
         views["num_steps"][0] = output.num_steps
@@ -99,7 +99,7 @@ class BatchBuilder:
         bucket = _bucket(self._config.prefill_buckets, sum(row.num_tokens for row in output.rows))
         rows = self._config.prefill_rows(bucket)
         lora = self._step_lora(output, bucket, rows)
-        packed, views = allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence, lora))
+        packed, views = self._allocate(prefill_layout(bucket, rows, self._config.blocks_per_sequence, lora))
         if lora is not None:
             fill_step(views, output, lora)
         self._fill_tables(views, output)
@@ -110,7 +110,7 @@ class BatchBuilder:
         """Return the bucket, R, and the packed inputs of sampling behind a step with prefills."""
         bucket = _bucket(self._config.sample_buckets, len(output.rows))
         lora = self._head_lora(output, bucket)
-        packed, views = allocate(sample_layout(bucket, lora))
+        packed, views = self._allocate(sample_layout(bucket, lora))
         self._fill_sampling(views, output)
         if lora is not None:
             fill_vocab(views, [row.request.adapter for row in output.rows], [1] * len(output.rows), lora)
@@ -141,13 +141,16 @@ class BatchBuilder:
         adapters = np.repeat(np.array([row.request.adapter for row in output.rows], object), counts)
         chunks = []
         for start in range(0, end, size):
-            packed, views = allocate(prompt_logprobs_layout(size, lora))
+            packed, views = self._allocate(prompt_logprobs_layout(size, lora))
             views["start"][0], views["targets"][:] = start, targets[start : start + size]
             if lora is not None:
                 chosen = list(adapters[start : start + size])
                 fill_vocab(views, chosen, [1] * len(chosen), lora)
             chunks.append(packed)
         return chunks
+
+    def _allocate(self, layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return allocate(layout, self._config.max_num_seqs)
 
     def _step_lora(self, output: SchedulerOutput, tokens: int, rows: int) -> StepLoRA | None:
         """Return what a step takes of adapters; None for one without any."""
@@ -169,9 +172,7 @@ class BatchBuilder:
         token_rows = np.repeat(rows, counts)
         views["input_ids"][:total] = [token for row in output.rows for token in _known_tokens(row)]
         views["position_ids"][:total] = positions
-        views["token_rows"][:] = self._config.max_num_seqs
         views["token_rows"][:total] = token_rows
-        views["slot_mapping"][:] = -1
         views["slot_mapping"][:total] = (
             self._tables[token_rows, positions // block_size] * block_size + positions % block_size
         )
@@ -181,15 +182,11 @@ class BatchBuilder:
         for row in output.rows:
             assert row.request.row_index is not None
             self._extend_table(row.request, row.request.row_index)
-        views["row_indices"][:] = self._config.max_num_seqs
         views["row_indices"][: len(output.rows)] = _row_indices(output.rows)
         views["block_tables"][:] = self._tables[views["row_indices"]]
 
     def _fill_sampling(self, views: dict[str, np.ndarray], output: SchedulerOutput) -> None:
-        views["row_indices"][:] = self._config.max_num_seqs
         views["row_indices"][: len(output.rows)] = _row_indices(output.rows)
-        views["sample_positions"][:] = NOWHERE
-        views["last_positions"][:] = -1
         rows = [(row.start + row.num_tokens, row.num_steps, row.request.num_prompt_tokens) for row in output.rows]
         positions, steps, prompts = np.array(rows, np.int32).T
         samples = np.flatnonzero([row.samples for row in output.rows])

@@ -45,6 +45,8 @@ class ProgramSpec:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    inputs: Any = None
+    """What the one argument that comes from the host is packed from, a `step_inputs.Layout`; None where it is not."""
     donated: tuple[int, ...] = ()
     out_shardings: Any
     matmul_precision: str | None = None

@@ -27,6 +27,7 @@ from qwen2_jax.engine.program_specs import WITH_ADAPTERS, WITH_VECTORS, ProgramK
 from qwen2_jax.engine.programs import PROMPT_LOGPROBS_CHUNK
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerOutput
+from qwen2_jax.engine.step_inputs import Layout, allocate
 from qwen2_jax.engine.step_results import Launched
 from qwen2_jax.engine.workspace import largest_workspace, reported_workspace
 from qwen2_jax.lora.placing import Placer
@@ -72,6 +73,7 @@ class ModelRunner:
         self._workspace = largest_workspace(model.config, config, model.dtype, model.mesh.shape["tp"])
         self.num_blocks = self._count_blocks()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
+        self._inputs: dict[ProgramKey, Layout] = {}
         self._kv_cache: KVCache = ()
         self._counter = CompilationCounter()
 
@@ -87,6 +89,21 @@ class ModelRunner:
             self.num_blocks = self._count_blocks()
             self._compile(pool, use_tqdm)
         self._kv_cache = self._pools.allocate(self._model.mesh, self.num_blocks)
+        if jax.default_backend() != "cpu":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run every program once, on padding alone: a GPU loads kernels and makes graphs at their first launch."""
+        for (name, bucket), layout in self._inputs.items():
+            packed, _ = allocate(layout, self._config.max_num_seqs)
+            banks = () if self._adapters is None or WITH_ADAPTERS not in name else (self._adapters.banks,)
+            if name.startswith("prompt_logprobs"):
+                self._run(name, bucket, self._state, packed, *banks)
+            elif name.startswith("sample"):
+                self._state, _ = self._run(name, bucket, self._state, packed, *banks)
+            else:
+                self._kv_cache, self._state, *_ = self._run(name, bucket, self._kv_cache, self._state, packed, *banks)
+        jax.block_until_ready(self._state)
 
     def _compile(self, pool: LoweringPool | None, use_tqdm: bool) -> None:
         model, mesh = self._model, self._model.mesh
@@ -94,6 +111,7 @@ class ModelRunner:
             model=model.config, dtype=model.dtype, config=self._config, num_blocks=self.num_blocks, lora=self._lora
         )
         specs = facts.table(mesh, self._programs, self._params_spec).specs()
+        self._inputs = {key: spec.inputs for key, spec in specs.items() if spec.inputs is not None}
         cache = None if self._cache_directory is None else ExecutableCache(self._cache_directory, mesh, facts)
 
         def lowered(keys: list[ProgramKey]) -> Iterator[tuple[ProgramKey, ProgramSpec]]:

@@ -86,6 +86,7 @@ class ProgramTable:
             return ProgramSpec(
                 function=function,
                 arguments=(self.params, self.kv_cache, self.state, self._vector(packed_size(layout)), *banks),
+                inputs=layout,
                 donated=(1, 2),
                 out_shardings=(*caches, *results),
                 matmul_precision=self.matmul_precision,
@@ -140,6 +141,7 @@ class ProgramTable:
             return ProgramSpec(
                 function=function,
                 arguments=(self.params, self.state, self._vector(packed_size(layout)), *banks),
+                inputs=layout,
                 donated=donated,
                 out_shardings=self.replicated,
                 matmul_precision=self.matmul_precision,

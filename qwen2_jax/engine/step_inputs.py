@@ -44,6 +44,22 @@ Layout = dict[str, Field]
 NOWHERE = 2**30
 """A position past every row's end: what is written there is dropped."""
 
+_STATE_ROWS = ("row_indices", "token_rows")
+_PADDING = {
+    "num_steps": 1,
+    "slot_mapping": -1,
+    "sample_positions": NOWHERE,
+    "last_positions": -1,
+    "top_p": 1,
+    "repetition_penalty": 1,
+    "num_logprobs": -1,
+    "scale_rows": -1,
+    "full_embed_rows": -1,
+    "full_head_rows": -1,
+    "vector_rows": -1,
+}
+"""Values of padding that are not 0."""
+
 SAMPLING_INTS = (
     "row_indices",  # the row of per-request state; max_num_seqs (a spare row) for padding
     "sample_positions",  # where in its sequence the sampled token goes; NOWHERE if the row does not sample
@@ -169,14 +185,21 @@ def _padded(field: Field) -> int:
     return -(-math.prod(field.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-def allocate(layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return a zeroed vector and, by name, views into it of the right shapes and dtypes; filling them packs it."""
+def allocate(layout: Layout, spare_row: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return a vector of padding and, by name, views into it of the right shapes and dtypes; filling them packs it.
+
+    What a program computes from padding alone, nobody reads. `spare_row` is the row of per-request state for it.
+    """
     packed = np.zeros(packed_size(layout), np.int32)
     views, start = {}, 0
     for name, field in layout.items():
         end = start + math.prod(field.shape)
         part = packed[start:end]
         views[name] = (part.view(np.float32) if field.is_float else part).reshape(field.shape)
+        if name in _PADDING:
+            views[name][...] = _PADDING[name]
+        elif name in _STATE_ROWS:
+            views[name][...] = spare_row
         start += _padded(field)
     return packed, views
 

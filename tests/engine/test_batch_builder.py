@@ -71,7 +71,7 @@ def scheduled(*rows: tuple[Request, int, int, bool], num_steps: int = 1, is_deco
 
 
 def unpacked(packed: np.ndarray, layout: Layout) -> dict[str, Any]:
-    buffer, views = allocate(layout)
+    buffer, views = allocate(layout, CONFIG.max_num_seqs)
     buffer[:] = packed
     return {name: view.tolist() for name, view in views.items()}
 

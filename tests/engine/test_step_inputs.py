@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qwen2_jax.engine.step_inputs import (
+    NOWHERE,
     SAMPLING_FLOATS,
     SAMPLING_INTS,
     Field,
@@ -20,6 +21,7 @@ from qwen2_jax.engine.step_inputs import (
 )
 from qwen2_jax.models.adapters import table_sizes
 
+SPARE = 7
 LORA = StepLoRA(tables=table_sizes(16, max_groups=3, max_pages=2), vocab=table_sizes(16, max_groups=1, max_pages=2))
 LAYOUTS = {
     "decode": decode_layout(3, 5),
@@ -38,8 +40,8 @@ def fill(views: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_what_is_packed_comes_out(layout: Layout) -> None:
-    packed, views = allocate(layout)
-    assert packed.shape == (packed_size(layout),) and packed.dtype == np.int32 and not packed.any()
+    packed, views = allocate(layout, SPARE)
+    assert packed.shape == (packed_size(layout),) and packed.dtype == np.int32
     fill(views)
     arrays = jax.jit(lambda vector: unpack(vector, layout))(packed)
     assert arrays.keys() == views.keys() == layout.keys()
@@ -49,16 +51,25 @@ def test_what_is_packed_comes_out(layout: Layout) -> None:
         np.testing.assert_array_equal(arrays[name], views[name])
 
 
+@pytest.mark.parametrize("name", ["decode", "prefill", "sample", "adapters"])
+def test_what_is_not_filled_is_padding(name: str) -> None:
+    _, views = allocate(LAYOUTS[name], SPARE)
+    expected = {"row_indices": SPARE, "token_rows": SPARE, "sample_positions": NOWHERE, "num_steps": 1, "top_p": 1}
+    expected |= dict.fromkeys(("slot_mapping", "last_positions", "num_logprobs", "scale_rows", "full_head_rows"), -1)
+    expected |= {"repetition_penalty": 1, "full_embed_rows": -1, "vector_rows": -1}
+    assert all(np.all(view == expected.get(field, 0)) for field, view in views.items())
+
+
 def test_floats_keep_their_bits() -> None:
     layout = {"before": Field((1,)), "floats": Field((6,), is_float=True)}
-    packed, views = allocate(layout)
+    packed, views = allocate(layout, SPARE)
     views["floats"][:] = [0.1, -0.0, np.inf, -np.inf, np.nan, np.finfo(np.float32).tiny]
     out = np.asarray(unpack(jax.numpy.asarray(packed), layout)["floats"])
     assert out.tobytes() == views["floats"].tobytes()
 
 
 def test_fields_do_not_overlap() -> None:
-    packed, views = allocate(LAYOUTS["prefill"])
+    packed, views = allocate(LAYOUTS["prefill"], SPARE)
     for number, view in enumerate(views.values(), 1):
         view.view(np.int32)[...] = number
     counts = np.bincount(packed, minlength=len(views) + 1)
@@ -67,7 +78,7 @@ def test_fields_do_not_overlap() -> None:
 
 
 def test_fields_start_at_256_bytes() -> None:
-    packed, views = allocate(LAYOUTS["prefill"])
+    packed, views = allocate(LAYOUTS["prefill"], SPARE)
     assert [(view.ctypes.data - packed.ctypes.data) % 256 for view in views.values()] == [0] * len(views)
 
 
