@@ -13,8 +13,8 @@ from jax import Array
 
 from qwen2_kernels.hopper_config import unsupported_gpu
 
-MAX_TOKENS = 128
-"""Tokens of a step whose projections wait for memory."""
+MIN_TOKENS, MAX_TOKENS = 2, 128
+"""Tokens of a step whose projections wait for memory, and read all rows at once: one token's go through them in turn."""
 NUM_BYTES = 6 << 20
 """What an H100 reads while a norm or a cache write runs, launches included."""
 LINE = 128
@@ -47,10 +47,10 @@ def prefetch_rows(
 def prefetch_programs(array: Array | None, tokens: int) -> tuple[int, dict[str, int]]:
     """Return how many programs a launch for `tokens` tokens has besides its own, and the sizes that they need.
 
-    There are none without an array [..., N, D], for many tokens, or on a GPU that cannot be asked.
+    There are none without an array [..., N, D], for one token or many, or on a GPU that cannot be asked.
     """
     none = {"NEXT_ROWS": 0, "NEXT_ROW_BYTES": 0, "NEXT_BYTES": 0, "NEXT_PROGRAM_ROWS": PROGRAM_ROWS}
-    if array is None or tokens > MAX_TOKENS or unsupported_gpu() is not None:
+    if array is None or not MIN_TOKENS <= tokens <= MAX_TOKENS or unsupported_gpu() is not None:
         return 0, none
     rows, row_bytes = math.prod(array.shape[:-1]), array.shape[-1] * array.dtype.itemsize
     size = min(max(NUM_BYTES // rows // LINE * LINE, LINE), row_bytes)

@@ -12,7 +12,7 @@ import pytest
 import triton.language as tl
 from jax.sharding import AbstractDevice, AbstractMesh
 from qwen2_kernels import rms_norm, write_kv
-from qwen2_kernels.row_prefetch import LINE, MAX_TOKENS, NUM_BYTES, PROGRAM_ROWS, prefetch_programs
+from qwen2_kernels.row_prefetch import LINE, MAX_TOKENS, MIN_TOKENS, NUM_BYTES, PROGRAM_ROWS, prefetch_programs
 from qwen2_kernels.specs import QWEN2_5
 
 from tests.kernels.interpreter import triton_interpreter
@@ -72,7 +72,7 @@ def test_other_implementations_do_not_ask(run: Callable[..., Any], implementatio
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up"])
 def test_what_is_asked_for_fits(model: str, name: str) -> None:
     kernel: Any = jax.ShapeDtypeStruct(QWEN2_5[model].projections[name], jnp.bfloat16)
-    programs, sizes = prefetch_programs(kernel, 1)
+    programs, sizes = prefetch_programs(kernel, MIN_TOKENS)
     rows, row_bytes = sizes["NEXT_ROWS"], sizes["NEXT_ROW_BYTES"]
     assert (programs - 1) * PROGRAM_ROWS < rows <= programs * PROGRAM_ROWS and rows * row_bytes == kernel.size * 2
     assert 0 < sizes["NEXT_BYTES"] <= row_bytes and sizes["NEXT_BYTES"] % 16 == 0
@@ -83,7 +83,8 @@ def test_many_tokens_and_other_kernels_ask_for_nothing() -> None:
     kernel: Any = jax.ShapeDtypeStruct((512, 64), jnp.bfloat16)
     assert prefetch_programs(kernel, MAX_TOKENS)[0] == 2
     odd: Any = jax.ShapeDtypeStruct((512, 60), jnp.bfloat16)
-    assert [prefetch_programs(*given)[0] for given in ((None, 1), (kernel, MAX_TOKENS + 1), (odd, 1))] == [0, 0, 0]
+    refused = ((None, 2), (kernel, MIN_TOKENS - 1), (kernel, MAX_TOKENS + 1), (odd, 2))
+    assert [prefetch_programs(*given)[0] for given in refused] == [0] * len(refused)
 
 
 @pytest.mark.slow
