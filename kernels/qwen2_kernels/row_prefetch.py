@@ -14,7 +14,7 @@ from jax import Array
 from qwen2_kernels.hopper_config import unsupported_gpu
 
 MIN_TOKENS, MAX_TOKENS = 2, 128
-"""Tokens of a step whose projections wait for memory, and read all rows at once: one token's go through them in turn."""
+"""Tokens of a step whose projections wait for memory and read all rows at once: one token's take them in turn."""
 NUM_BYTES = 6 << 20
 """What an H100 reads while a norm or a cache write runs, launches included."""
 LINE = 128
