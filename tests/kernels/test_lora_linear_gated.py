@@ -14,7 +14,7 @@ from qwen2_kernels.lora import mosaic_gated
 from qwen2_kernels.lora.batch import GATE_UP_PROJECTION, RANKS, LoRABatch
 from qwen2_kernels.lora.config import default_config
 from qwen2_kernels.lora.linear_gated import lora_linear_gated
-from qwen2_kernels.lora.segments import PageUse, TokenGroup, table_sizes
+from qwen2_kernels.lora.segments import PageUse, TokenGroup, build_lora_tables, table_sizes
 from qwen2_kernels.lora.triton_lora import shrink
 from qwen2_kernels.specs import QWEN2_5
 
@@ -122,15 +122,8 @@ def test_ranks_of_windows(tokens: int) -> None:
 def test_lowers(model: str, tokens: int) -> None:
     _, inner, size = QWEN2_5[model].projections["gate_up"]
     sizes = table_sizes(tokens, max_groups=32, max_pages=4, max_runs=257)
-    lengths = {"token_order": tokens, "segment_starts": sizes.max_segments + 1, "segment_items": sizes.max_segments + 1}
-    lengths |= {"segment_vectors": sizes.max_segments, "num_segments": 1, "num_items": 1}
-    lengths |= {f"item_{name}": sizes.max_items for name in ("pages", "segments", "modules", "weights")}
-    lengths |= {"token_places": tokens, "window_entries": tokens // WINDOW + 1}
-    lengths |= {"entry_items": sizes.max_entries, "entry_tokens": sizes.max_entries}
-    tables = {
-        name: jax.ShapeDtypeStruct((n,), jnp.float32 if name == "item_weights" else jnp.int32)
-        for name, n in lengths.items()
-    }
+    tables = build_lora_tables(np.full(tokens, -1), [], sizes)
+    tables = {name: jax.ShapeDtypeStruct(table.shape, table.dtype) for name, table in tables.items()}
     make: Any = LoRABatch
     batch = make(**tables, tile=sizes.tile, window=WINDOW, max_pages=4)
     shapes = ((tokens, size), (2, inner, size), (64, 2, RANKS, size), (64, RANKS, 2, inner))

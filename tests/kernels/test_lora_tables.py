@@ -52,7 +52,13 @@ def test_every_token_gets_its_groups_pages(step: tuple[np.ndarray, list[TokenGro
         found = [[tables[f"item_{name}"][i] for name in ("pages", "modules", "weights")] for i in listed]
         assert found == [[use.page, use.modules, use.weight] for use in expected.pages]
         assert all(tables["item_segments"][i] == segment for i in listed)
+        first = (tables["segment_pages"][segment], tables["segment_modules"][segment])
+        assert first == ((found[0][0], found[0][1]) if found else (0, 0))
+        for i in listed:
+            assert (tables["item_starts"][i], tables["item_counts"][i]) == (starts[segment], len(tokens))
+            assert tables["item_rows"][i] == starts[segment] * sizes.max_pages + (i - items[segment]) * len(tokens)
         assert sizes.window is None or len(set(tokens // sizes.window)) == 1
+    assert not tables["segment_modules"][num_segments:].any() and not tables["item_counts"][num_items:].any()
 
 
 @given(steps())

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax_triton.triton_lib
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from qwen2_kernels.lora import api, triton_expand, triton_gated, triton_shrink
 from qwen2_kernels.lora.batch import DOWN_PROJECTION, GATE_UP_PROJECTION, O_PROJECTION, RANKS, LoRABatch, qkv_projection
-from qwen2_kernels.lora.segments import table_sizes
+from qwen2_kernels.lora.segments import build_lora_tables, table_sizes
 from qwen2_kernels.specs import QWEN2_5
 
 lora_delta: Any = api.lora_delta
@@ -28,14 +29,8 @@ def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 def abstract_batch(tokens: int, max_pages: int) -> LoRABatch:
     sizes = table_sizes(tokens, max_groups=32, max_pages=max_pages, num_pages=NUM_PAGES)
-    segments, items = sizes.max_segments, sizes.max_items
-    lengths = {"token_order": tokens, "segment_starts": segments + 1, "segment_items": segments + 1}
-    lengths |= {"segment_vectors": segments, "num_segments": 1, "num_items": 1}
-    lengths |= {f"item_{name}": items for name in ("pages", "segments", "modules", "weights")}
-    tables = {
-        name: struct(length, dtype=jnp.float32 if name == "item_weights" else jnp.int32)
-        for name, length in lengths.items()
-    }
+    tables = build_lora_tables(np.full(tokens, -1), [], sizes)
+    tables = {name: struct(*table.shape, dtype=table.dtype) for name, table in tables.items()}
     make: Any = LoRABatch
     return make(**tables, tile=sizes.tile, max_pages=sizes.max_pages)
 

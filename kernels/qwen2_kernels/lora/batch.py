@@ -35,8 +35,16 @@ class LoRABatch:
     """Where each segment's items start; a segment without items adds no product."""
     segment_vectors: Int[Array, " G"]
     """The row of a bias or scale bank that a segment uses; -1 is none."""
+    segment_pages: Int[Array, " G"]
+    segment_modules: Int[Array, " G"]
+    """The page and the modules of a segment's first item, for most segments its only one; 0 where there is none."""
     item_pages: Int[Array, " I"]
     item_segments: Int[Array, " I"]
+    item_starts: Int[Array, " I"]
+    item_counts: Int[Array, " I"]
+    """Where the item's segment starts in `token_order`, and its tokens."""
+    item_rows: Int[Array, " I"]
+    """The first row of the item's products, of `T * max_pages` in all: behind those of the segment's earlier items."""
     item_modules: Int[Array, " I"]
     """Bit m is set where the page has module m of `MODULES`; the others are not read."""
     item_weights: Float[Array, " I"]

@@ -142,6 +142,13 @@ def build_lora_tables(
     if any(found[name] > allowed[name] for name in found):
         raise ValueError(f"build_lora_tables: {found} do not fit {allowed}; make table_sizes larger")
 
+    item_starts = starts[item_segments].astype(np.int32)
+    item_counts = (np.append(starts, len(order))[item_segments + 1] - item_starts).astype(np.int32)
+    of_first = np.where(per_segment > 0, (np.cumsum(lengths) - lengths)[segment_groups + 1], len(uses))
+
+    def of_segments(values: list[int]) -> np.ndarray:
+        return _padded(np.array([*values, 0], np.int32)[of_first], sizes.max_segments, 0)
+
     def of_items(values: list[float], dtype: type) -> np.ndarray:
         return _padded(np.array(values, dtype)[use], sizes.max_items, 0)
 
@@ -151,6 +158,11 @@ def build_lora_tables(
         "segment_starts": _padded(starts, sizes.max_segments + 1, len(order)),
         "segment_items": _padded(ends - per_segment, sizes.max_segments + 1, len(item_segments)),
         "segment_vectors": _padded(vectors[segment_groups + 1], sizes.max_segments, -1),
+        "segment_pages": of_segments([use.page for use in uses]),
+        "segment_modules": of_segments([use.modules for use in uses]),
+        "item_starts": _padded(item_starts, sizes.max_items, 0),
+        "item_counts": _padded(item_counts, sizes.max_items, 0),
+        "item_rows": _padded(item_starts * sizes.max_pages + of_segment * item_counts, sizes.max_items, 0),
         "item_pages": of_items([use.page for use in uses], np.int32),
         "item_segments": _padded(item_segments, sizes.max_items, 0),
         "item_modules": of_items([use.modules for use in uses], np.int32),

@@ -90,11 +90,29 @@ def load_ranks(
 
 
 @triton.jit
+def load_page_ranks(cells_ptr, has_module, count, token, SLICES: tl.constexpr, SPLITS: tl.constexpr):
+    """The same for a segment with one page, which has the module or not: [tokens, RANKS]."""
+    ROW: tl.constexpr = SLICES * SPLITS * RANKS
+    cells = cells_ptr + tl.arange(0, RANKS)[None, :] + token[:, None] * ROW
+    mask = (has_module & (token < count))[:, None]
+    total = tl.load(cells, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
+        total += tl.load(cells + split * RANKS, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
 def load_row(cells_ptr, has_module, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
     """Return the first product of one token with one page, [RANKS]; BLOCK_S is the next power of two to SPLITS."""
     split = tl.arange(0, BLOCK_S)
     cells = cells_ptr + split[:, None] * RANKS + tl.arange(0, RANKS)[None, :]
     return tl.sum(tl.load(cells, mask=((split < SPLITS) & has_module)[:, None], other=0.0), axis=0)
+
+
+@triton.jit
+def find_page_factors(page, N: tl.constexpr):
+    """Return where the rows of a page's second factors start, [RANKS]."""
+    return (page.to(tl.int64) * RANKS + tl.arange(0, RANKS)) * N
 
 
 @triton.jit

@@ -7,7 +7,9 @@ from qwen2_kernels.lora.triton_common import (
     RANKS,
     find_columns,
     find_factors,
+    find_page_factors,
     find_tiles,
+    load_page_ranks,
     load_ranks,
     load_row,
     load_segment,
@@ -23,6 +25,8 @@ def expand_vector_kernel(
     starts_ptr,
     items_ptr,
     vectors_ptr,
+    first_pages_ptr,
+    first_modules_ptr,
     pages_ptr,
     modules_ptr,
     num_segments_ptr,
@@ -54,6 +58,8 @@ def expand_vector_kernel(
     for work in tl.range(tl.program_id(0), end, tl.num_programs(0), num_stages=1):  # pyright: ignore
         segment = work // PROGRAMS
         start, count, first, length = load_segment(segment, starts_ptr, items_ptr)  # pyright: ignore
+        page = tl.load(first_pages_ptr + segment)
+        modules = tl.load(first_modules_ptr + segment)
         part, tile, _ = find_tiles(work % PROGRAMS, HEADS, GROUP, PER_BLOCK, 1)
         columns, inside = find_columns(part, tile, GROUP, WIDTH, PER_BLOCK, BLOCK_N)
         bit = FIRST_MODULE + part
@@ -62,9 +68,8 @@ def expand_vector_kernel(
             vector = tl.load(vectors_ptr + segment)
             bias = tl.load(bias_ptr + tl.maximum(vector, 0) * N + columns, mask=inside & (vector >= 0), other=0.0)
         if length <= 1:
-            rows, is_read = find_factors((pages_ptr + first, modules_ptr + first, length, bit), 0, N, 1)
-            b = tl.load(b_ptr + rows[:, None] + columns[None, :], mask=is_read[:, None] & inside[None, :], other=0.0)
-            has_module = (tl.load(modules_ptr + first, mask=length > 0, other=0) >> bit) & 1 == 1
+            rows, has_module = find_page_factors(page, N), (modules >> bit) & 1 == 1
+            b = tl.load(b_ptr + rows[:, None] + columns[None, :], mask=has_module & inside[None, :], other=0.0)
             for index in tl.range(0, count, num_stages=1):
                 token = tl.load(order_ptr + start + index).to(tl.int64)
                 cells_ptr = ranks_ptr + ((start * MAX_PAGES + index) * SLICES + part) * (SPLITS * RANKS)
@@ -94,6 +99,8 @@ def _expand_tiles(
     b_ptr,
     bias_ptr,
     out_ptr,
+    page,
+    has_module,
     listed,
     count,
     token,
@@ -116,8 +123,13 @@ def _expand_tiles(
     """Multiply a segment that has at most PAGES pages, or more if IS_LONG, tile after tile."""
     PER_BLOCK: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     DTYPE: tl.constexpr = b_ptr.dtype.element_ty
-    ranks = load_ranks(cells_ptr, listed, count, token, 0, SLICES, SPLITS, PAGES).to(DTYPE)
-    rows, is_read = find_factors(listed, 0, N, PAGES)
+    if PAGES == 1:
+        ranks = load_page_ranks(cells_ptr, has_module, count, token, SLICES, SPLITS).to(DTYPE)
+        rows = find_page_factors(page, N)
+        is_read = (rows >= 0) & has_module
+    else:
+        ranks = load_ranks(cells_ptr, listed, count, token, 0, SLICES, SPLITS, PAGES).to(DTYPE)
+        rows, is_read = find_factors(listed, 0, N, PAGES)
     for index in tl.range(tile, end, num_stages=STAGES):
         columns, inside = find_columns(part, index, GROUP, WIDTH, PER_BLOCK, BLOCK_N)  # pyright: ignore
         b = tl.load(b_ptr + rows[:, None] + columns[None, :], mask=is_read[:, None] & inside[None, :], other=0.0)
@@ -145,6 +157,8 @@ def expand_dot_kernel(
     starts_ptr,
     items_ptr,
     vectors_ptr,
+    first_pages_ptr,
+    first_modules_ptr,
     pages_ptr,
     modules_ptr,
     num_segments_ptr,
@@ -177,9 +191,12 @@ def expand_dot_kernel(
     for work in tl.range(tl.program_id(0), end, tl.num_programs(0), num_stages=1):  # pyright: ignore
         segment = work // PROGRAMS
         start, count, first, length = load_segment(segment, starts_ptr, items_ptr)  # pyright: ignore
+        page = tl.load(first_pages_ptr + segment)
+        modules = tl.load(first_modules_ptr + segment)
         vector = tl.load(vectors_ptr + segment)
         part, tile, last = find_tiles(work % PROGRAMS, HEADS, GROUP, PER_BLOCK, TILES)
         listed = (pages_ptr + first, modules_ptr + first, length, FIRST_MODULE + part)
+        has_module = (modules >> (FIRST_MODULE + part)) & 1 == 1
         cells_ptr = ranks_ptr + (start * (MAX_PAGES * SLICES) + part) * (SPLITS * RANKS)
         token = tl.arange(0, TILE)
         out_rows = tl.load(order_ptr + start + token, mask=token < count, other=0).to(tl.int64) * N
@@ -187,11 +204,11 @@ def expand_dot_kernel(
         last = tl.where(count > 0, last, tile)
         if length <= 1:
             _expand_tiles(
-                cells_ptr, b_ptr, bias_ptr, out_ptr, listed, count, token, out_rows, vector, part, tile,
-                last, N, GROUP, WIDTH, SLICES, SPLITS, HAS_BIAS, BLOCK_N, STAGES, 1, False,
+                cells_ptr, b_ptr, bias_ptr, out_ptr, page, has_module, listed, count, token, out_rows, vector, part,
+                tile, last, N, GROUP, WIDTH, SLICES, SPLITS, HAS_BIAS, BLOCK_N, STAGES, 1, False,
             )  # fmt: skip
         elif MAX_PAGES > 1:
             _expand_tiles(
-                cells_ptr, b_ptr, bias_ptr, out_ptr, listed, count, token, out_rows, vector, part, tile,
-                last, N, GROUP, WIDTH, SLICES, SPLITS, HAS_BIAS, BLOCK_N, STAGES, PAGES, MAX_PAGES > PAGES,
+                cells_ptr, b_ptr, bias_ptr, out_ptr, page, has_module, listed, count, token, out_rows, vector, part,
+                tile, last, N, GROUP, WIDTH, SLICES, SPLITS, HAS_BIAS, BLOCK_N, STAGES, PAGES, MAX_PAGES > PAGES,
             )  # fmt: skip

@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from qwen2_kernels.linear.triton_epilogue import activate
-from qwen2_kernels.lora.triton_common import RANKS, find_factors, load_ranks, load_row, load_segment
+from qwen2_kernels.lora.triton_common import (
+    RANKS,
+    find_factors,
+    find_page_factors,
+    load_page_ranks,
+    load_ranks,
+    load_row,
+    load_segment,
+)
 
 
 @triton.jit
@@ -54,6 +62,8 @@ def gated_vector_kernel(
     starts_ptr,
     items_ptr,
     vectors_ptr,
+    first_pages_ptr,
+    first_modules_ptr,
     pages_ptr,
     modules_ptr,
     num_segments_ptr,
@@ -81,6 +91,8 @@ def gated_vector_kernel(
     for work in tl.range(tl.program_id(0), end, tl.num_programs(0), num_stages=1):  # pyright: ignore
         segment = work // PROGRAMS
         start, count, first, length = load_segment(segment, starts_ptr, items_ptr)  # pyright: ignore
+        page = tl.load(first_pages_ptr + segment)
+        modules = tl.load(first_modules_ptr + segment) >> FIRST_MODULE
         vector = tl.load(vectors_ptr + segment)
         columns = work % PROGRAMS * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = columns < F
@@ -88,11 +100,9 @@ def gated_vector_kernel(
         up_listed = (pages_ptr + first, modules_ptr + first, length, FIRST_MODULE + 1)
         tiles = b_ptr + columns[None, :]
         if length <= 1:
-            rows, has_gate = find_factors(gate_listed, 0, 2 * F, 1)
-            rows, has_up = find_factors(up_listed, 0, 2 * F, 1)
-            b_gate = tl.load(tiles + rows[:, None], mask=has_gate[:, None] & inside[None, :], other=0.0)
-            b_up = tl.load(tiles + F + rows[:, None], mask=has_up[:, None] & inside[None, :], other=0.0)
-            modules = tl.load(modules_ptr + first, mask=length > 0, other=0) >> FIRST_MODULE
+            rows = find_page_factors(page, 2 * F)
+            b_gate = tl.load(tiles + rows[:, None], mask=(modules & 1 == 1) & inside[None, :], other=0.0)
+            b_up = tl.load(tiles + F + rows[:, None], mask=(modules & 2 == 2) & inside[None, :], other=0.0)
             for index in tl.range(0, count, num_stages=1):
                 token = tl.load(order_ptr + start + index).to(tl.int64)
                 gate, up = _load_base(
@@ -134,6 +144,8 @@ def _gated_tiles(
     bias_ptr,
     scale_ptr,
     out_ptr,
+    page,
+    modules,
     gate_listed,
     up_listed,
     count,
@@ -154,10 +166,17 @@ def _gated_tiles(
 ):
     """Multiply a segment that has at most PAGES pages, or more if IS_LONG, tile after tile."""
     DTYPE: tl.constexpr = b_ptr.dtype.element_ty
-    gate_ranks = load_ranks(cells_ptr, gate_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
-    up_ranks = load_ranks(cells_ptr + SPLITS * RANKS, up_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
-    b_rows, has_gate = find_factors(gate_listed, 0, 2 * F, PAGES)
-    b_rows, has_up = find_factors(up_listed, 0, 2 * F, PAGES)
+    up_cells_ptr = cells_ptr + SPLITS * RANKS
+    if PAGES == 1:
+        gate_ranks = load_page_ranks(cells_ptr, modules & 1 == 1, count, token, 2, SPLITS).to(DTYPE)
+        up_ranks = load_page_ranks(up_cells_ptr, modules & 2 == 2, count, token, 2, SPLITS).to(DTYPE)
+        b_rows = find_page_factors(page, 2 * F)
+        has_gate, has_up = (b_rows >= 0) & (modules & 1 == 1), (b_rows >= 0) & (modules & 2 == 2)
+    else:
+        gate_ranks = load_ranks(cells_ptr, gate_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
+        up_ranks = load_ranks(up_cells_ptr, up_listed, count, token, 0, 2, SPLITS, PAGES).to(DTYPE)
+        b_rows, has_gate = find_factors(gate_listed, 0, 2 * F, PAGES)
+        b_rows, has_up = find_factors(up_listed, 0, 2 * F, PAGES)
     is_token = token < count
     for index in tl.range(tile, end, num_stages=STAGES):
         columns = index * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -188,7 +207,7 @@ def _gated_tiles(
                 some = load_ranks(cells_ptr, gate_listed, count, token, chunk, 2, SPLITS, PAGES)
                 gate += tl.dot(some.to(DTYPE), more, input_precision="ieee")
                 more = tl.load(cells + F, mask=more_ups[:, None] & inside[None, :], other=0.0)
-                some = load_ranks(cells_ptr + SPLITS * RANKS, up_listed, count, token, chunk, 2, SPLITS, PAGES)
+                some = load_ranks(up_cells_ptr, up_listed, count, token, chunk, 2, SPLITS, PAGES)
                 up += tl.dot(some.to(DTYPE), more, input_precision="ieee")
         result = activate(gate, ACTIVATION) * up
         tl.store(out_ptr + rows[:, None] + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -205,6 +224,8 @@ def gated_dot_kernel(
     starts_ptr,
     items_ptr,
     vectors_ptr,
+    first_pages_ptr,
+    first_modules_ptr,
     pages_ptr,
     modules_ptr,
     num_segments_ptr,
@@ -234,6 +255,8 @@ def gated_dot_kernel(
     for work in tl.range(tl.program_id(0), end, tl.num_programs(0), num_stages=1):  # pyright: ignore
         segment = work // PROGRAMS
         start, count, first, length = load_segment(segment, starts_ptr, items_ptr)  # pyright: ignore
+        page = tl.load(first_pages_ptr + segment)
+        modules = tl.load(first_modules_ptr + segment) >> FIRST_MODULE
         vector = tl.load(vectors_ptr + segment)
         tile = work % PROGRAMS * TILES
         # A segment of the padding has no tokens, and no tiles.
@@ -245,13 +268,13 @@ def gated_dot_kernel(
         rows = tl.load(order_ptr + start + token, mask=token < count, other=0).to(tl.int64) * F
         if length <= 1:
             _gated_tiles(
-                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, gate_listed, up_listed, count,
-                token, rows, vector, tile, last, F, SPLITS, HAS_BIAS, HAS_SCALE, ACTIVATION, BLOCK_N, STAGES,
-                1, False,
+                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, page, modules, gate_listed,
+                up_listed, count, token, rows, vector, tile, last, F, SPLITS, HAS_BIAS, HAS_SCALE, ACTIVATION, BLOCK_N,
+                STAGES, 1, False,
             )  # fmt: skip
         elif MAX_PAGES > 1:
             _gated_tiles(
-                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, gate_listed, up_listed, count,
-                token, rows, vector, tile, last, F, SPLITS, HAS_BIAS, HAS_SCALE, ACTIVATION, BLOCK_N, STAGES,
-                PAGES, MAX_PAGES > PAGES,
+                cells_ptr, base_ptr, b_ptr, bias_ptr, scale_ptr, out_ptr, page, modules, gate_listed,
+                up_listed, count, token, rows, vector, tile, last, F, SPLITS, HAS_BIAS, HAS_SCALE, ACTIVATION, BLOCK_N,
+                STAGES, PAGES, MAX_PAGES > PAGES,
             )  # fmt: skip

@@ -1,7 +1,6 @@
 """The first product of `lora`: every item's page times its segment's tokens, [rows, C, SPLITS, RANKS] in float32.
 
-An item's rows lie at `segment_starts * MAX_PAGES`, behind those of the segment's earlier items. What SPLITS programs
-compute along K stays apart: whoever reads it adds it up, in order, so that results repeat.
+What SPLITS programs compute along K stays apart: whoever reads it adds it up, in order, so that results repeat.
 """
 
 import triton
@@ -11,34 +10,14 @@ from qwen2_kernels.lora.triton_common import RANKS
 
 
 @triton.jit
-def _load_item(
-    item,
-    starts_ptr,
-    items_ptr,
-    pages_ptr,
-    segments_ptr,
-    modules_ptr,
-    MAX_PAGES: tl.constexpr,
-):
-    """Return an item's page and modules, its segment's first token and number of tokens, and its first row."""
-    page = tl.load(pages_ptr + item).to(tl.int64)
-    modules = tl.load(modules_ptr + item)
-    segment = tl.load(segments_ptr + item)
-    start = tl.load(starts_ptr + segment)
-    count = tl.load(starts_ptr + segment + 1) - start
-    row = start * MAX_PAGES + (item - tl.load(items_ptr + segment)) * count
-    return page, modules, start, count, row
-
-
-@triton.jit
 def shrink_vector_kernel(
     x_ptr,
     a_ptr,
     order_ptr,
     starts_ptr,
-    items_ptr,
+    counts_ptr,
+    rows_ptr,
     pages_ptr,
-    segments_ptr,
     modules_ptr,
     weights_ptr,
     num_items_ptr,
@@ -46,7 +25,6 @@ def shrink_vector_kernel(
     K: tl.constexpr,
     SLICES: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     LOOP: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,9 +41,12 @@ def shrink_vector_kernel(
         split = work % SPLITS
         part = work // SPLITS % SLICES
         item = work // (SPLITS * SLICES)
-        page, modules, start, count, row = _load_item(  # pyright: ignore
-            item, starts_ptr, items_ptr, pages_ptr, segments_ptr, modules_ptr, MAX_PAGES
-        )
+        # One round of reads: what they give does not lead to another table.
+        start = tl.load(starts_ptr + item)
+        count = tl.load(counts_ptr + item)
+        row = tl.load(rows_ptr + item)
+        page = tl.load(pages_ptr + item).to(tl.int64)
+        modules = tl.load(modules_ptr + item)
         weight = tl.load(weights_ptr + item)
         has_module = (modules >> (FIRST_MODULE + part)) & 1
         rank = tl.arange(0, RANKS)
@@ -73,7 +54,7 @@ def shrink_vector_kernel(
         inside = columns < K
         tile = a_ptr + (page * SLICES + part) * (RANKS * K) + rank[:, None] * K + columns[None, :]
         a = tl.load(tile, mask=inside[None, :] & (has_module == 1), other=0.0, eviction_policy="evict_first")
-        for index in tl.range(0, count * has_module, num_stages=1):
+        for index in tl.range(0, count * has_module, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
             token = tl.load(order_ptr + start + index).to(tl.int64)
             x = tl.load(x_ptr + token * K + columns, mask=inside, other=0.0).to(tl.float32)
             product = tl.sum(a.to(tl.float32) * x[None, :], axis=1) * weight
@@ -87,9 +68,9 @@ def shrink_dot_kernel(
     a_ptr,
     order_ptr,
     starts_ptr,
-    items_ptr,
+    counts_ptr,
+    rows_ptr,
     pages_ptr,
-    segments_ptr,
     modules_ptr,
     weights_ptr,
     num_items_ptr,
@@ -97,7 +78,6 @@ def shrink_dot_kernel(
     K: tl.constexpr,
     SLICES: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     LOOP: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -115,9 +95,12 @@ def shrink_dot_kernel(
         split = work % SPLITS
         part = work // SPLITS % PARTS
         item = work // (SPLITS * PARTS)
-        page, modules, start, count, row = _load_item(  # pyright: ignore
-            item, starts_ptr, items_ptr, pages_ptr, segments_ptr, modules_ptr, MAX_PAGES
-        )
+        # One round of reads: what they give does not lead to another table.
+        start = tl.load(starts_ptr + item)
+        count = tl.load(counts_ptr + item)
+        row = tl.load(rows_ptr + item)
+        page = tl.load(pages_ptr + item).to(tl.int64)
+        modules = tl.load(modules_ptr + item)
         token = tl.arange(0, TILE)
         is_token = token < count
         rank = tl.arange(0, BLOCK_R)
