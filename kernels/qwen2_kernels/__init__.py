@@ -7,6 +7,7 @@ Each op takes `implementation`: `"auto"` picks by platform and shape; a named on
 from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.dispatch import by_platform
 from qwen2_kernels.flash_attention.api import flash_attention
+from qwen2_kernels.gumbel_argmax.api import gumbel_argmax
 from qwen2_kernels.linear.api import linear, linear_partial, skips_padding
 from qwen2_kernels.lora.api import lora_delta, lora_gated
 from qwen2_kernels.lora.batch import LoRABatch
@@ -22,6 +23,7 @@ __all__ = [
     "LoRABatch",
     "by_platform",
     "flash_attention",
+    "gumbel_argmax",
     "linear",
     "linear_partial",
     "lora_delta",
