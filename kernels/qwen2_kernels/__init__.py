@@ -16,6 +16,7 @@ from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.thresholds.api import top_k_threshold, top_p_threshold
+from qwen2_kernels.token_ranks.api import token_ranks
 from qwen2_kernels.write_kv.api import write_kv
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "skips_padding",
+    "token_ranks",
     "top_k_threshold",
     "top_p_threshold",
     "write_kv",
