@@ -33,7 +33,7 @@ def _rounds(x, y, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.const
 def threefry(key_x, key_y, x, y):
     """Threefry-2x32 of the counter (x, y), all uint32."""
     key_z = key_x ^ key_y ^ 0x1BD11BDA
-    x, y = _rounds(x + key_x, y + key_y, 13, 15, 26, 6)
+    x, y = _rounds(x + key_x, y + key_y, 13, 15, 26, 6)  # pyright: ignore[reportGeneralTypeIssues]
     x, y = _rounds(x + key_y, y + key_z + 1, 17, 29, 16, 24)
     x, y = _rounds(x + key_z, y + key_x + 2, 13, 15, 26, 6)
     x, y = _rounds(x + key_x, y + key_y + 3, 17, 29, 16, 24)
@@ -44,7 +44,7 @@ def threefry(key_x, key_y, x, y):
 @triton.jit
 def gumbel_kernel(
     logits_ptr,
-    temperature_ptr,
+    scale_ptr,
     threshold_ptr,
     seeds_high_ptr,
     seeds_low_ptr,
@@ -55,14 +55,14 @@ def gumbel_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logits [R, SIZE], the others [R], best and places [R, CHUNKS]. The grid is (R, CHUNKS)."""
+    """logits [R, SIZE], scale [R] (0: greedy), the others [R], best and places [R, CHUNKS]; grid (R, CHUNKS)."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     columns = chunk * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(logits_ptr + row.to(tl.int64) * SIZE + columns, mask=columns < SIZE, other=float("-inf"))
-    temperature = tl.load(temperature_ptr + row)
-    values *= tl.div_rn(1.0, tl.where(temperature == 0, 1.0, temperature))
+    scale = tl.load(scale_ptr + row)
+    values *= tl.where(scale == 0, 1.0, scale)
     values = tl.where(values < tl.load(threshold_ptr + row), float("-inf"), values)
-    if (temperature != 0) & (tl.max(values, axis=0) > float("-inf")):
+    if (scale != 0) & (tl.max(values, axis=0) > float("-inf")):
         seed_high = tl.load(seeds_high_ptr + row).to(tl.uint32, bitcast=True)
         seed_low = tl.load(seeds_low_ptr + row).to(tl.uint32, bitcast=True)
         index = tl.load(indices_ptr + row).to(tl.uint32, bitcast=True)
@@ -84,9 +84,11 @@ def gumbel_argmax_triton(
     """See `api.gumbel_argmax`."""
     rows, size = logits.shape
     chunks = -(-size // BLOCK)
+    # XLA divides, as it does for what thresholds are made of: the least that is kept must be exactly its threshold.
+    scale = jnp.where(temperature == 0, 0.0, 1 / temperature)
     best, places = triton_call(
         logits,
-        temperature,
+        scale,
         threshold,
         seeds_high,
         seeds_low,
