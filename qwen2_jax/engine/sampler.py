@@ -37,14 +37,17 @@ def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: 
         is_changed, lambda: _choose(_processed(logits, rows, state), rows), lambda: _choose(logits, rows)
     )
     wants = rows["num_logprobs"] >= 0
-    empty = empty_samples(logits.shape[0], max_logprobs, state["logprob_token_ids"].shape[1])
-    del empty["token_ids"]
 
     def report() -> dict[str, Array]:
         chosen = state["logprob_token_ids"][rows["row_indices"]]
         return logprobs_of(logits, jnp.where(wants, token_ids, -1), jnp.where(wants[:, None], chosen, -1), max_logprobs)
 
-    return {"token_ids": token_ids} | jax.lax.cond(jnp.any(wants), report, lambda: empty)
+    def nothing() -> dict[str, Array]:
+        empty = empty_samples(len(logits), max_logprobs, state["logprob_token_ids"].shape[1])
+        del empty["token_ids"]
+        return empty
+
+    return {"token_ids": token_ids} | jax.lax.cond(jnp.any(wants), report, nothing)
 
 
 def likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
