@@ -32,22 +32,33 @@ def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: 
         `ranks` [R], `top_logprobs` and `top_ids` [R, K], and `chosen_logprobs` and `chosen_ranks` [R, C] of the
         state's `logprob_token_ids`.
     """
+    empty = empty_samples(logits.shape[0], max_logprobs, state["logprob_token_ids"].shape[1])
+    outputs = sample_step(logits, rows, state, {name: value[None] for name, value in empty.items()}, 0)
+    return {name: value[0] for name, value in outputs.items()}
+
+
+def sample_step(
+    logits: Float[Array, "R V"], rows: Rows, state: State, outputs: dict[str, Array], step: Array | int
+) -> dict[str, Array]:
+    """Return `outputs`, arrays [steps, R, ...] of what `sample` returns, with what step `step` samples in its place.
+
+    Of the log-probabilities nothing is written where no row wants any.
+    """
     is_changed = jnp.any((rows["has_logit_bias"] != 0) | _has_penalty(rows))
     token_ids = jax.lax.cond(
         is_changed, lambda: _choose(_processed(logits, rows, state), rows), lambda: _choose(logits, rows)
     )
     wants = rows["num_logprobs"] >= 0
 
-    def report() -> dict[str, Array]:
-        chosen = state["logprob_token_ids"][rows["row_indices"]]
-        return logprobs_of(logits, jnp.where(wants, token_ids, -1), jnp.where(wants[:, None], chosen, -1), max_logprobs)
+    def report(reports: dict[str, Array]) -> dict[str, Array]:
+        chosen = jnp.where(wants[:, None], state["logprob_token_ids"][rows["row_indices"]], -1)
+        asked = jnp.where(wants, token_ids, -1)
+        found = logprobs_of(logits, asked, chosen, outputs["top_ids"].shape[2])
+        return {name: reports[name].at[step].set(value) for name, value in found.items()}
 
-    def nothing() -> dict[str, Array]:
-        empty = empty_samples(len(logits), max_logprobs, state["logprob_token_ids"].shape[1])
-        del empty["token_ids"]
-        return empty
-
-    return {"token_ids": token_ids} | jax.lax.cond(jnp.any(wants), report, nothing)
+    reports = {name: value for name, value in outputs.items() if name != "token_ids"}
+    reports = jax.lax.cond(jnp.any(wants), report, lambda reports: reports, reports)
+    return {"token_ids": outputs["token_ids"].at[step].set(token_ids)} | reports
 
 
 def likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
