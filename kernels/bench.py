@@ -24,7 +24,7 @@ from benchmarking.elementwise_cases import rms_norm_cases, write_kv_cases
 from benchmarking.linear_cases import linear_cases, norm_linear_cases
 from benchmarking.lora_cases import lora_cases
 from benchmarking.record import write_record
-from benchmarking.threshold_cases import threshold_cases
+from benchmarking.sampling_cases import gumbel_cases, rank_cases, threshold_cases
 from benchmarking.timing import measure_limits, run_cases
 from qwen2_kernels import tuning
 from qwen2_kernels.specs import QWEN2_5
@@ -38,6 +38,8 @@ OPS: dict[str, Callable[[Selection], Iterator[Case]]] = {
     "flash_attention": flash_attention_cases,
     "lora": lora_cases,
     "thresholds": threshold_cases,
+    "gumbel_argmax": gumbel_cases,
+    "token_ranks": rank_cases,
 }
 
 

@@ -54,6 +54,17 @@ def test_kernels_are_counted_by_origin() -> None:
     assert hlo.kinds("main") == {"copy": 2, "while": 1}
 
 
+def test_a_branch_is_no_step() -> None:
+    """However much it does: a step chooses between branches."""
+    call = 'custom-call(%arg), custom_call_target="triton_kernel_call_ffi"'
+    branch = "%branch (arg: f32[100,8]) -> f32[100,8] {\n" + f"  %call.2 = f32[100,8]{{1,0}} {call}\n" * 3 + "}\n\n"
+    choice = "  %choice = f32[100,8]{1,0} conditional(%pool, %pool), branch_computations={%branch, %branch}\n"
+    text = TEXT.replace("  %kernel.1 =", choice + "  %kernel.1 =").replace("ENTRY", branch + "ENTRY")
+    hlo = OptimisedHlo(text)
+    assert hlo.step() == "body"
+    assert hlo.kinds("branch") == {"triton": 3} and hlo.kinds("body")["conditional"] == 1
+
+
 def test_what_is_written_in_place_or_by_kernels_is_no_copy() -> None:
     copied = OptimisedHlo(TEXT).copied()
     assert {text.split()[0 if text[0] == "%" else 1]: size for text, size in copied.items()} == {

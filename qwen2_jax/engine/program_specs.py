@@ -113,9 +113,9 @@ class ProgramTable:
         specs = self._heads("prompt_logprobs", 0, chunk, function, prompt_logprobs_layout)
         for rows, greedy in itertools.product(self.config.sample_buckets, (False, True)):
             function = partial(programs.sample, rows=rows, greedy=greedy)
-            specs |= self._heads(
-                "sample_greedy" if greedy else "sample", rows, rows, function, sample_layout, donated=(1,)
-            )
+            name = "sample_greedy" if greedy else "sample"
+            # As a graph, whose conditionals are nodes: the host would wait for the prefill to read them.
+            specs |= self._heads(name, rows, rows, function, sample_layout, donated=(1,), as_graph=not greedy)
         if self.lora is not None:  # which classification heads come with
             specs["last_hidden", 0] = ProgramSpec(
                 function=programs.last_hidden,
@@ -133,7 +133,15 @@ class ProgramTable:
         return specs
 
     def _heads(
-        self, name: str, bucket: int, rows: int, function: Any, layout: Any, donated: tuple[int, ...] = ()
+        self,
+        name: str,
+        bucket: int,
+        rows: int,
+        function: Any,
+        layout: Any,
+        *,
+        donated: tuple[int, ...] = (),
+        as_graph: bool = False,
     ) -> dict[ProgramKey, ProgramSpec]:
         """Return a program of the head alone and, where adapters may change it, the one for calls with such."""
 
@@ -145,6 +153,7 @@ class ProgramTable:
                 donated=donated,
                 out_shardings=self.replicated,
                 matmul_precision=self.matmul_precision,
+                as_graph=as_graph,
             )
 
         specs = {(name, bucket): spec(function, layout(rows))}

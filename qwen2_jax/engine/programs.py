@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.engine.sampler import empty_samples, likeliest, logprobs_of, sample
+from qwen2_jax.engine.sampler import empty_samples, likeliest, logprobs_of, sample, sample_step
 from qwen2_jax.engine.step_inputs import (
     NOWHERE,
     VOCAB,
@@ -127,9 +127,8 @@ class Programs:
             kv_cache, state, outputs = carry
             (logits, _), kv_cache = model(self._decode_batch(inputs, state, step), kv_cache, adapters=adapters)
             now = at_step(inputs, step)
-            sampled = sample(logits, now, state, self.max_logprobs)
-            state = self._remember(state, now, sampled["token_ids"])
-            return kv_cache, state, {name: outputs[name].at[step].set(value) for name, value in sampled.items()}
+            outputs = sample_step(logits, now, state, outputs, step)
+            return kv_cache, self._remember(state, now, outputs["token_ids"][step]), outputs
 
         empty = empty_samples(rows, self.max_logprobs, state["logprob_token_ids"].shape[1])
         outputs = {name: jnp.zeros((steps, *value.shape), value.dtype) for name, value in empty.items()}

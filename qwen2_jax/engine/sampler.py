@@ -2,17 +2,15 @@
 
 The order is vLLM's: logit bias and allowed tokens, penalties, temperature, min-p, top-k, top-p. Log-probabilities are
 the log-softmax of the raw logits. Work that no row of the step asks for is skipped by conditionals on the device, so
-that one program serves every mix.
+that one program serves every mix. None of them gives logits out: that would copy them in every step.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.models.ops import top_k_threshold, top_p_threshold
+from qwen2_jax.models.ops import gumbel_argmax, token_ranks, top_k_threshold, top_p_threshold
 
 State = dict[str, Array]
 Rows = dict[str, Array]
@@ -34,25 +32,33 @@ def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: 
         `ranks` [R], `top_logprobs` and `top_ids` [R, K], and `chosen_logprobs` and `chosen_ranks` [R, C] of the
         state's `logprob_token_ids`.
     """
-    plain = (
-        (rows["temperature"] == 0) & (rows["has_logit_bias"] == 0) & (rows["num_logprobs"] < 0) & ~_has_penalty(rows)
-    )
     empty = empty_samples(logits.shape[0], max_logprobs, state["logprob_token_ids"].shape[1])
+    outputs = sample_step(logits, rows, state, {name: value[None] for name, value in empty.items()}, 0)
+    return {name: value[0] for name, value in outputs.items()}
 
-    def greedy(logits: Array) -> dict[str, Array]:
-        return empty | {"token_ids": likeliest(logits)}
 
-    def full(logits: Array) -> dict[str, Array]:
-        token_ids = _choose(_processed(logits, rows, state), rows)
-        wanted = state["logprob_token_ids"][rows["row_indices"]]
-        report = jax.lax.cond(
-            jnp.any(rows["num_logprobs"] >= 0),
-            lambda: logprobs_of(logits, token_ids, wanted, max_logprobs),
-            lambda: {name: value for name, value in empty.items() if name != "token_ids"},
-        )
-        return {"token_ids": token_ids} | report
+def sample_step(
+    logits: Float[Array, "R V"], rows: Rows, state: State, outputs: dict[str, Array], step: Array | int
+) -> dict[str, Array]:
+    """Return `outputs`, arrays [steps, R, ...] of what `sample` returns, with what step `step` samples in its place.
 
-    return jax.lax.cond(jnp.all(plain), greedy, full, logits)
+    Of the log-probabilities nothing is written where no row wants any.
+    """
+    is_changed = jnp.any((rows["has_logit_bias"] != 0) | _has_penalty(rows))
+    token_ids = jax.lax.cond(
+        is_changed, lambda: _choose(_processed(logits, rows, state), rows), lambda: _choose(logits, rows)
+    )
+    wants = rows["num_logprobs"] >= 0
+
+    def report(reports: dict[str, Array]) -> dict[str, Array]:
+        chosen = jnp.where(wants[:, None], state["logprob_token_ids"][rows["row_indices"]], -1)
+        asked = jnp.where(wants, token_ids, -1)
+        found = logprobs_of(logits, asked, chosen, outputs["top_ids"].shape[2])
+        return {name: reports[name].at[step].set(value) for name, value in found.items()}
+
+    reports = {name: value for name, value in outputs.items() if name != "token_ids"}
+    reports = jax.lax.cond(jnp.any(wants), report, lambda reports: reports, reports)
+    return {"token_ids": outputs["token_ids"].at[step].set(token_ids)} | reports
 
 
 def likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
@@ -94,25 +100,22 @@ def empty_samples(rows: int, max_logprobs: int, chosen: int) -> dict[str, Array]
 def logprobs_of(
     logits: Float[Array, "R V"], token_ids: Int[Array, " R"], chosen: Int[Array, "R C"], max_logprobs: int
 ) -> dict[str, Array]:
-    """Report log-probabilities of one token per row, of the K likeliest ones, and of the `chosen` ones."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = likeliest_few(logprobs, max_logprobs)
+    """Report log-probabilities of one token per row, of the K likeliest ones, and of the `chosen` ones.
+
+    A token of -1 has rank 0, and a log-probability that means nothing.
+    """
+    largest = logits.max(axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
     asked = jnp.concatenate([token_ids[:, None], chosen], axis=1)
-    values = jnp.take_along_axis(logprobs, jnp.maximum(asked, 0), axis=-1)
-
-    def add_rank(column: Array, ranks: Array) -> Array:
-        """1 for the likeliest; one column at a time, because the comparison has the vocabulary's width."""
-        better = jnp.sum(logprobs > values[:, column, None], axis=-1)
-        return ranks.at[:, column].set(better.astype(jnp.int32) + 1)
-
-    columns = jnp.max(jnp.sum(asked >= 0, axis=-1))
-    ranks = jax.lax.fori_loop(0, columns, add_rank, jnp.zeros(asked.shape, jnp.int32))
+    logprobs = jnp.take_along_axis(logits, jnp.maximum(asked, 0), axis=-1) - largest - log_total
+    top_logits, top_ids = likeliest_few(logits, max_logprobs)
+    ranks = token_ranks(logits, asked)
     return {
-        "logprobs": values[:, 0],
+        "logprobs": logprobs[:, 0],
         "ranks": ranks[:, 0],
-        "top_logprobs": top_logprobs,
+        "top_logprobs": top_logits - largest - log_total,
         "top_ids": top_ids.astype(jnp.int32),
-        "chosen_logprobs": values[:, 1:],
+        "chosen_logprobs": logprobs[:, 1:],
         "chosen_ranks": ranks[:, 1:],
     }
 
@@ -154,48 +157,23 @@ def _token_counts(rows: Rows, token_ids: Array, vocab_size: int) -> tuple[Array,
 
 def _choose(logits: Array, rows: Rows) -> Array:
     """Return the likeliest token of greedy rows and a random one of the others."""
-    greedy = likeliest(logits)
-
-    def random() -> Array:
-        temperature = jnp.where(rows["temperature"] == 0, 1.0, rows["temperature"])
-        kept = _keep(logits / temperature[:, None], rows)
-        noise = jax.vmap(_gumbel, in_axes=(0, 0, 0, None))(
-            rows["seeds_low"], rows["seeds_high"], rows["output_indices"], logits.shape[1]
-        )
-        return jnp.where(rows["temperature"] == 0, greedy, jnp.argmax(kept + noise, axis=-1))
-
-    return jax.lax.cond(jnp.any(rows["temperature"] != 0), random, lambda: greedy).astype(jnp.int32)
+    is_cut = (rows["min_p"] > 0) | (rows["top_k"] > 0) | (rows["top_p"] < 1)
+    threshold = jax.lax.cond(
+        jnp.any(is_cut & (rows["temperature"] != 0)),
+        lambda: _threshold(logits, rows),
+        lambda: jnp.full(logits.shape[0], -jnp.inf),
+    )
+    seeds = rows["seeds_high"], rows["seeds_low"], rows["output_indices"]
+    return gumbel_argmax(logits, rows["temperature"], threshold, *seeds)
 
 
-def _gumbel(seed_low: Array, seed_high: Array, output_index: Array, size: int) -> Array:
-    """Noise that depends on the request's seed and how many tokens it has sampled, and on nothing else."""
-    words = jnp.stack([seed_high, seed_low]).astype(jnp.uint32)
-    key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), output_index)
-    return jax.random.gumbel(key, (size,))
-
-
-def _keep(logits: Array, rows: Rows) -> Array:
-    """Set the logits of tokens that min-p, top-k or top-p leave out to minus infinity."""
-
-    def cut(logits: Array, threshold: Array) -> Array:
-        return jnp.where(logits < threshold[:, None], -jnp.inf, logits)
-
-    def min_p(logits: Array) -> Array:
-        return cut(logits, logits.max(axis=-1) + jnp.log(rows["min_p"]))
-
-    def top_k(logits: Array) -> Array:
-        k = rows["top_k"]
-        return jnp.where((k > 0)[:, None], cut(logits, top_k_threshold(logits, k)), logits)
-
-    def top_p(logits: Array) -> Array:
-        p = rows["top_p"]
-        return jnp.where((p < 1)[:, None], cut(logits, top_p_threshold(logits, p)), logits)
-
-    steps: list[tuple[Array, Any]] = [
-        (rows["min_p"] > 0, min_p),
-        (rows["top_k"] > 0, top_k),
-        (rows["top_p"] < 1, top_p),
-    ]
-    for wanted, step in steps:
-        logits = jax.lax.cond(jnp.any(wanted), step, lambda x: x, logits)
-    return logits
+def _threshold(logits: Array, rows: Rows) -> Array:
+    """Return the least scaled logit that min-p, top-k and top-p keep, each of what the one before has left."""
+    is_random = rows["temperature"] != 0
+    temperature = jnp.where(is_random, rows["temperature"], 1.0)
+    least = logits.max(axis=-1) * (1 / temperature) + jnp.log(rows["min_p"])
+    floor = jnp.where(is_random & (rows["min_p"] > 0), least, -jnp.inf)
+    k = jnp.where(is_random, rows["top_k"], 0)
+    floor = jnp.maximum(floor, top_k_threshold(logits, k, temperature, floor))
+    p = jnp.where(is_random, rows["top_p"], 1.0)
+    return jnp.maximum(floor, top_p_threshold(logits, p, temperature, floor))

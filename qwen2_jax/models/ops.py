@@ -184,14 +184,39 @@ def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Flo
     return sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
 
 
-def top_k_threshold(logits: Float[Array, "R V"], k: Int[Array, " R"]) -> Float[Array, " R"]:
-    """Return each row's k-th largest logit, see `kernels.top_k_threshold`. Every device does the same."""
-    return sharded(kernels.top_k_threshold, (P(), P()), P())(logits, k)
+def top_k_threshold(
+    logits: Float[Array, "R V"], k: Int[Array, " R"], temperature: Float[Array, " R"], floor: Float[Array, " R"]
+) -> Float[Array, " R"]:
+    """Return each row's k-th largest scaled logit, see `kernels.top_k_threshold`. Every device does the same."""
+    return _everywhere(kernels.top_k_threshold, logits, k, temperature, floor)
 
 
-def top_p_threshold(logits: Float[Array, "R V"], p: Float[Array, " R"]) -> Float[Array, " R"]:
+def top_p_threshold(
+    logits: Float[Array, "R V"], p: Float[Array, " R"], temperature: Float[Array, " R"], floor: Float[Array, " R"]
+) -> Float[Array, " R"]:
     """Return where top-p cuts each row, see `kernels.top_p_threshold`. Every device does the same."""
-    return sharded(kernels.top_p_threshold, (P(), P()), P())(logits, p)
+    return _everywhere(kernels.top_p_threshold, logits, p, temperature, floor)
+
+
+def gumbel_argmax(
+    logits: Float[Array, "R V"],
+    temperature: Float[Array, " R"],
+    threshold: Float[Array, " R"],
+    seeds_high: Int[Array, " R"],
+    seeds_low: Int[Array, " R"],
+    indices: Int[Array, " R"],
+) -> Int[Array, " R"]:
+    """Draw a token of each row, see `kernels.gumbel_argmax`. Every device does the same."""
+    return _everywhere(kernels.gumbel_argmax, logits, temperature, threshold, seeds_high, seeds_low, indices)
+
+
+def token_ranks(logits: Float[Array, "R V"], token_ids: Int[Array, "R C"]) -> Int[Array, "R C"]:
+    """Return where tokens stand among all of their row's, see `kernels.token_ranks`. Every device does the same."""
+    return _everywhere(kernels.token_ranks, logits, token_ids)
+
+
+def _everywhere(op: Callable[..., Array], *arrays: Array) -> Array:
+    return sharded(op, tuple(P() for _ in arrays), P())(*arrays)
 
 
 def sharded[**A, O](function: Callable[A, O], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[A, O]:

@@ -20,7 +20,6 @@ pytestmark = [
 LAYERS = 2
 BLOCK = 64 * 4 * 128 * 2  # bytes of a block's keys, 7B
 POOLS = LAYERS * 2 * 2000 * BLOCK
-LOGITS = 8 * 152064 * 4
 MEBIBYTE = 1 << 20
 
 # Of each layer, and of what stands around the layers. One row of 7B: qkv with its norm, cache write, attention, o,
@@ -83,11 +82,17 @@ def test_two_gpus_add_up_twice_a_layer_and_gather_only_logits() -> None:
     assert not {"collective-permute", "all-to-all", "reduce-scatter"} & set(row["step"])
 
 
-def test_a_sampled_step_copies_no_more_than_logits() -> None:
-    [row] = compile_programs("--geometry", "7b", "--only", "decode:8").values()
-    assert row["commands"] == {"CommandBuffer": 2, "Conditional": 1}  # the layers, what is asked of sampling, and state
-    assert row["largest_copy_bytes"] < 1.1 * LOGITS, row["largest_copy"]
-    assert row["aliased_bytes"] > POOLS
+def test_a_sampled_step_is_one_graph_too() -> None:
+    """Its conditionals are the graph's nodes, so that the host waits for nothing but the number of steps."""
+    rows = compile_programs("--geometry", "7b", "--only", "decode:1,decode:8,decode:256,sample:32")
+    for name, row in rows.items():
+        logits = int(name.split(":")[1]) * 152064 * 4
+        assert row["commands"] == {"CommandBuffer": 1}, name
+        assert row["largest_copy_bytes"] < 1.1 * logits, row["largest_copy"]
+        if "decode" in name:
+            assert row["step"]["conditional"] == 2, name  # what is asked of the choice, and of log-probabilities
+            assert set(row["step"]) <= {"fusion", "copy", "conditional", "triton", "mosaic", "matmul"}
+            assert row["around"]["while"] == 1 and row["aliased_bytes"] > POOLS
 
 
 def test_whole_heads_of_adapters_are_multiplied_where_they_lie() -> None:

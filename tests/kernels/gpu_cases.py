@@ -15,8 +15,6 @@ from qwen2_kernels import (
     norm_linear,
     paged_attention,
     rms_norm,
-    top_k_threshold,
-    top_p_threshold,
     write_kv,
 )
 from qwen2_kernels.flash_attention.api import IMPLEMENTATIONS as FLASH
@@ -25,7 +23,6 @@ from qwen2_kernels.norm_linear.api import IMPLEMENTATIONS as NORM_LINEAR
 from qwen2_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED
 from qwen2_kernels.rms_norm.api import IMPLEMENTATIONS as RMS_NORM
 from qwen2_kernels.specs import QWEN2_5, Geometry, RaggedSpec, Row
-from qwen2_kernels.thresholds.api import TOP_K_IMPLEMENTATIONS, TOP_P_IMPLEMENTATIONS
 from qwen2_kernels.write_kv.api import IMPLEMENTATIONS as WRITE_KV
 
 from tests.kernels.gpu_case import MAX_SEEDS, GpuCase, normal, tokens_with_nan
@@ -43,8 +40,8 @@ def attention_cases() -> list[GpuCase]:
 
 
 def elementwise_cases() -> list[GpuCase]:
-    """Return those of what stands between products and attention, with and without adapters, and of sampling."""
-    return [*_rms_norm_cases(), *_write_kv_cases(), *_threshold_cases()]
+    """Return those of what stands between products and attention, with and without adapters."""
+    return [*_rms_norm_cases(), *_write_kv_cases()]
 
 
 def product_cases() -> list[GpuCase]:
@@ -253,22 +250,3 @@ def _write_kv_arrays(geometry: Geometry, tokens: int, pool: Any, is_adapted: boo
     bias = normal(seed + 1, qkv.shape[1:])
     adapted = _adapted(seed + 2, qkv.shape) if is_adapted else None
     return jnp.asarray(qkv), np.cos(angles), np.sin(angles), *pools, slots, bias, adapted
-
-
-def _threshold_cases() -> Iterator[GpuCase]:
-    """Normal logits, a third of which are cut already; what is likely is dense, so that neighbours are close."""
-    for op, run, implementations, asked in (
-        ("top_k_threshold", top_k_threshold, TOP_K_IMPLEMENTATIONS, (jnp.int32, 1, 5000)),
-        ("top_p_threshold", top_p_threshold, TOP_P_IMPLEMENTATIONS, (jnp.float32, 0.05, 0.95)),
-    ):
-        for rows in (1, 33):
-
-            def make(seed: int, rows: int = rows, asked: tuple[Any, float, float] = asked) -> tuple[Any, ...]:
-                logits = normal(seed, (rows, QWEN2_5["7b"].vocab_size), 3.0, jnp.float32)
-                dtype, low, high = asked
-                return jnp.where(logits < -1, -jnp.inf, logits), jnp.linspace(low, high, rows).astype(dtype)
-
-            for implementation in implementations.keys() - {"reference"}:
-                yield GpuCase(
-                    op=op, implementation=implementation, label=f"{rows}", run=run, make=make, tolerance=0.003
-                )

@@ -1,12 +1,13 @@
-"""Attention, norms and cache writes on an NVIDIA GPU against the references in float32."""
+"""Attention, norms, cache writes and sampling on an NVIDIA GPU against the references in float32."""
 
 import jax
 import pytest
 
 from tests.kernels.gpu_case import ON_GPU, GpuCase, GpuCases
 from tests.kernels.gpu_cases import attention_cases, elementwise_cases
+from tests.kernels.gpu_sampling_cases import sampling_cases
 
-CASES = GpuCases([*attention_cases(), *elementwise_cases()])
+CASES = GpuCases([*attention_cases(), *elementwise_cases(), *sampling_cases()])
 
 
 @CASES.parametrize

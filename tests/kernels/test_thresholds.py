@@ -1,22 +1,44 @@
 """The cuts that top-k and top-p make, exactly as sorting makes them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from qwen2_kernels import top_k_threshold, top_p_threshold
+from qwen2_kernels.specs import QWEN2_5
+from qwen2_kernels.thresholds.triton_thresholds import BLOCK
 
 from tests.kernels.interpreter import triton_interpreter
 
 WIDTH = 24
 INF = float("inf")
-TINY = 1e-45  # the smallest float32, which is not normal
+TINY = float(np.finfo(np.float32).tiny)
+H100 = AbstractMesh(
+    (1,),
+    ("tp",),
+    axis_types=(AxisType.Explicit,),
+    abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132),
+)
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
 
-top_k = jax.jit(top_k_threshold)
-top_p = jax.jit(top_p_threshold)
+
+def _plainly(run: Any) -> Any:
+    """Return `run` for logits as they are, of which none is cut."""
+
+    def plain(logits: Any, asked: Any, **options: Any) -> jax.Array:
+        rows = len(logits)
+        return run(jnp.asarray(logits), jnp.asarray(asked), jnp.ones(rows), jnp.full(rows, -INF), **options)
+
+    return plain
+
+
+plain_top_k, plain_top_p = _plainly(top_k_threshold), _plainly(top_p_threshold)
+top_k, top_p = jax.jit(plain_top_k), jax.jit(plain_top_p)
 
 # Few distinct values, so that ties are common, beside any float32 there is.
 logit = st.one_of(
@@ -58,12 +80,12 @@ def test_top_k_literally(implementation: str) -> None:
     logits = np.stack([of([float(value) for value in values]) for values, _, _ in LITERAL_TOP_K])
     ks = np.asarray([k for _, k, _ in LITERAL_TOP_K], np.int32)
     with triton_interpreter():
-        found = top_k_threshold(jnp.asarray(logits), jnp.asarray(ks), implementation=implementation)
+        found = plain_top_k(logits, ks, implementation=implementation)
     np.testing.assert_array_equal(found, np.asarray([cut for _, _, cut in LITERAL_TOP_K], np.float32))
 
 
 def test_the_smallest_numbers_have_an_order() -> None:
-    """Those that are not normal: sorting takes them for zeros, and so may a GPU."""
+    """Those that are not normal may become zeros where they are scaled."""
     np.testing.assert_array_equal(top_k(of([-TINY, TINY, 0.0])[None], np.asarray([3], np.int32)), [np.float32(-TINY)])
 
 
@@ -93,28 +115,79 @@ def test_top_p_literally(implementation: str) -> None:
     logits = np.stack([of(np.log(np.asarray(chances, np.float32)).tolist()) for chances, _, _ in LITERAL_TOP_P])
     ps = np.asarray([p for _, p, _ in LITERAL_TOP_P], np.float32)
     with triton_interpreter():
-        cuts = np.asarray(top_p_threshold(jnp.asarray(logits), jnp.asarray(ps), implementation=implementation))
+        cuts = np.asarray(plain_top_p(logits, ps, implementation=implementation))
     for (chances, _, kept), values, cut in zip(LITERAL_TOP_P, logits, cuts, strict=True):
         assert [q for q, value in zip(chances, values, strict=False) if value >= cut] == kept
 
 
-@pytest.mark.parametrize("size", [4096, 9001])
+@pytest.mark.parametrize("size", [BLOCK, 2 * BLOCK + 809])
 def test_rows_of_several_chunks(size: int) -> None:
     """Padding of a row's last chunk counts for nothing, and a row's cut does not depend on the others'."""
-    rng = np.random.default_rng(size)
-    logits = jnp.asarray(
-        np.where(rng.random((3, size)) < 0.2, -np.inf, 3 * rng.standard_normal((3, size))), jnp.float32
-    )
-    ks, ps = jnp.asarray([1, 50, size]), jnp.asarray([0.1, 0.8, 0.999], jnp.float32)
+    logits, ks, ps, temperature, floor = _rows_of_every_kind(6, size)
     with triton_interpreter():
         cuts = [
-            top_k_threshold(logits, ks, implementation="triton"),
-            top_p_threshold(logits, ps, implementation="triton"),
-            top_p_threshold(logits[1:2], ps[1:2], implementation="triton"),
+            top_k_threshold(logits, ks, temperature, floor, implementation="triton"),
+            top_p_threshold(logits, ps, temperature, floor, implementation="triton"),
+            top_p_threshold(logits[1:2], ps[1:2], temperature[1:2], floor[1:2], implementation="triton"),
         ]
-    np.testing.assert_array_equal(cuts[0], top_k_threshold(logits, ks, implementation="reference"))
-    np.testing.assert_array_equal(cuts[1], top_p_threshold(logits, ps, implementation="reference"))
+    np.testing.assert_array_equal(cuts[0], top_k_threshold(logits, ks, temperature, floor, implementation="reference"))
+    np.testing.assert_array_equal(cuts[1], top_p_threshold(logits, ps, temperature, floor, implementation="reference"))
     assert cuts[1][1] == cuts[2][0]
+
+
+@pytest.mark.parametrize("size", [1, 50, 999])
+def test_xla_finds_the_same_cuts(size: int) -> None:
+    arrays = _rows_of_every_kind(12, size)
+    for run, asked in ((top_k_threshold, 1), (top_p_threshold, 2)):
+        given = arrays[0], arrays[asked], *arrays[3:]
+        np.testing.assert_array_equal(run(*given, implementation="xla"), run(*given, implementation="reference"))
+
+
+def _rows_of_every_kind(rows: int, size: int) -> tuple[jax.Array, ...]:
+    """Logits, k, p, temperatures and floors: rows that ask for nothing, are hot or cold, or are cut already."""
+    rng = np.random.default_rng(rows * size)
+    logits = np.where(rng.random((rows, size)) < 0.2, -np.inf, 3 * rng.standard_normal((rows, size)))
+    logits[:, 0] = 1
+    ks = np.resize([1, min(50, size), size, 0, 7, -1], rows)
+    ps = np.resize([0.1, 0.8, 0.999, 0.3, 1, 1.5], rows)
+    temperature = np.resize(np.asarray([1, 0.3, 2.5, 0.9], np.float32), rows)
+    floor = np.where(np.arange(rows) % 3, -np.inf, logits.max(axis=1) / temperature - 2)
+    ints, *floats = jnp.asarray(ks), *(jnp.asarray(array, jnp.float32) for array in (logits, ps, temperature, floor))
+    return floats[0], ints, *floats[1:]
+
+
+@IMPLEMENTATIONS
+def test_what_is_below_the_floor_has_no_probability_and_is_not_counted(implementation: str) -> None:
+    logits = jnp.log(jnp.asarray([[0.3, 0.2, 0.4, 0.1]] * 4))
+    temperature = jnp.asarray([1.0, 1.0, 2.0, 2.0])
+    floor = jnp.asarray([-INF, np.log(0.2) - 1e-3, np.log(0.2) / 2 - 1e-3, np.log(0.3) / 2 - 1e-3], jnp.float32)
+    with triton_interpreter():
+        third = top_k_threshold(logits, jnp.full(4, 3), temperature, floor, implementation=implementation)
+        cut = top_p_threshold(logits, jnp.full(4, 0.75), temperature, floor, implementation=implementation)
+    np.testing.assert_allclose(third, [np.log(0.2), np.log(0.2), np.log(0.2) / 2, -INF], rtol=1e-6)
+    # Of the first row 0.4 and 0.3 are not enough; of 0.9, they are; square roots are closer to one another.
+    np.testing.assert_allclose(cut, [np.log(0.2), np.log(0.3), np.log(0.2) / 2, np.log(0.3) / 2], rtol=1e-6)
+
+
+@IMPLEMENTATIONS
+def test_rows_that_ask_for_nothing_are_not_looked_at(implementation: str) -> None:
+    logits = jnp.asarray([[1.0, 2.0, 3.0], [np.nan] * 3, [np.nan] * 3])
+    scale, floor = jnp.asarray([1.0, 0.0, 1.0]), jnp.full(3, -INF)
+    with triton_interpreter():
+        second = top_k_threshold(logits, jnp.asarray([2, 0, -1]), scale, floor, implementation=implementation)
+        likeliest = top_p_threshold(logits, jnp.asarray([0.1, 1.0, 1.5]), scale, floor, implementation=implementation)
+    assert second.tolist() == [2, -INF, -INF] and likeliest.tolist() == [3, -INF, -INF]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 256])
+def test_compiles_for_an_h100(rows: int) -> None:
+    logits = jax.ShapeDtypeStruct((rows, QWEN2_5["7b"].vocab_size), jnp.float32)
+    numbers, ints = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32))
+    for run, asked in ((top_k_threshold, ints), (top_p_threshold, numbers)):
+        with jax.sharding.use_abstract_mesh(H100):
+            text = jax.jit(run).trace(logits, asked, numbers, numbers).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("triton_kernel_call") == 8
 
 
 def test_rows_do_not_look_at_each_other() -> None:
@@ -130,11 +203,11 @@ def test_rows_do_not_look_at_each_other() -> None:
 @pytest.mark.parametrize(
     "logits, asked, message",
     [
-        (jnp.zeros((2, 5)), jnp.zeros(3, jnp.int32), r"logits \(2, 5\) float32 and \(3,\) do not fit"),
+        (jnp.zeros((2, 5)), jnp.zeros(3, jnp.int32), r"logits \(2, 5\) float32 and \(3,\), \(3,\), \(3,\) do not fit"),
         (jnp.zeros(5), jnp.zeros(5, jnp.int32), r"logits \(5,\)"),
         (jnp.zeros((2, 5), jnp.bfloat16), jnp.zeros(2, jnp.int32), "bfloat16"),
     ],
 )
 def test_what_does_not_fit_is_refused(logits: jax.Array, asked: jax.Array, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        top_k_threshold(logits, asked)
+        top_k_threshold(logits, asked, jnp.ones(len(asked)), jnp.zeros(len(asked)))

@@ -37,45 +37,61 @@ TOP_P_IMPLEMENTATIONS: Mapping[str, Implementation] = {
 
 
 def top_k_threshold(
-    logits: Float[Array, "R V"], k: Int[Array, " R"], *, implementation: str = "auto"
+    logits: Float[Array, "R V"],
+    k: Int[Array, " R"],
+    temperature: Float[Array, " R"],
+    floor: Float[Array, " R"],
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, " R"]:
-    """Return each row's k-th largest logit.
+    """Return each row's k-th largest scaled logit, which is `logits * (1 / temperature)`.
 
     Args:
         logits: float32; equal ones count one by one.
-        k: from 1; minus infinity is returned where it is more than the row has, and anything below 1 gives no meaning.
+        k: minus infinity is returned where it is below 1, or more than there are.
+        temperature: more than 0 where k is.
+        floor: scaled logits below it count as minus infinity; minus infinity leaves all as they are.
         implementation: `"reference"` (sorts), `"xla"`, `"triton"` (CUDA) or `"auto"`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    return _run("top_k_threshold", TOP_K_IMPLEMENTATIONS, implementation, logits, k)
+    return _run("top_k_threshold", TOP_K_IMPLEMENTATIONS, implementation, logits, k, temperature, floor)
 
 
 def top_p_threshold(
-    logits: Float[Array, "R V"], p: Float[Array, " R"], *, implementation: str = "auto"
+    logits: Float[Array, "R V"],
+    p: Float[Array, " R"],
+    temperature: Float[Array, " R"],
+    floor: Float[Array, " R"],
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, " R"]:
-    """Return the smallest logit of each row's smallest set of likeliest tokens whose probability reaches `p`.
+    """Return the smallest scaled logit of each row's smallest set of likeliest tokens whose probability reaches `p`.
 
     Nucleus sampling (Holtzman et al. 2020). Equal logits at the cut are all in the set. Sums are in float32, so that a
     set whose probability is `p` within rounding may be taken or left.
 
     Args:
         logits: float32, of which minus infinity has no probability.
-        p: more than 0, less than 1.
+        p: more than 0; minus infinity is returned from 1 on.
+        temperature: more than 0 where p is below 1.
+        floor: see `top_k_threshold`; at most the row's largest.
         implementation: see `top_k_threshold`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    return _run("top_p_threshold", TOP_P_IMPLEMENTATIONS, implementation, logits, p)
+    return _run("top_p_threshold", TOP_P_IMPLEMENTATIONS, implementation, logits, p, temperature, floor)
 
 
 def _run(
-    op: str, implementations: Mapping[str, Implementation], implementation: str, logits: Array, asked: Array
+    op: str, implementations: Mapping[str, Implementation], implementation: str, logits: Array, *of_rows: Array
 ) -> Array:
-    if logits.ndim != 2 or asked.shape != logits.shape[:1] or 0 in logits.shape or logits.dtype != jnp.float32:
-        raise ValueError(f"{op}: logits {logits.shape} {logits.dtype} and {asked.shape} do not fit: use float32 [R, V]")
+    shapes = ", ".join(str(array.shape) for array in of_rows)
+    fits = logits.ndim == 2 and all(array.shape == logits.shape[:1] for array in of_rows)
+    if not fits or 0 in logits.shape or logits.dtype != jnp.float32:
+        raise ValueError(f"{op}: logits {logits.shape} {logits.dtype} and {shapes} do not fit: use float32 [R, V]")
     reason = "eight launches find four bits each, where XLA's loop takes 32 passes of four"
     run = select(op, implementations, implementation, gpu="triton", elsewhere="xla", reason=reason)
-    return run(logits, asked)
+    return run(logits, *of_rows)

@@ -10,27 +10,40 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qwen2_kernels.thresholds.reference import kept
 
-def top_k_threshold_xla(logits: Array, k: Array) -> Array:
+
+def top_k_threshold_xla(logits: Array, k: Array, temperature: Array, floor: Array) -> Array:
     """See `api.top_k_threshold`."""
-    keys = _ordered(logits)
 
-    def enough(candidate: Array) -> Array:
-        return jnp.sum(keys >= candidate[:, None], axis=-1) >= k
+    def search() -> Array:
+        keys = _ordered(kept(logits, temperature, floor))
+        return _largest(lambda candidate: jnp.sum(keys >= candidate[:, None], axis=-1) >= k, len(keys))
 
-    return _largest(enough, logits.shape[0])
+    return _where(k > 0, search)
 
 
-def top_p_threshold_xla(logits: Array, p: Array) -> Array:
+def top_p_threshold_xla(logits: Array, p: Array, temperature: Array, floor: Array) -> Array:
     """See `api.top_p_threshold`."""
-    keys = _ordered(logits)
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    target = p * weights.sum(axis=-1)
 
-    def enough(candidate: Array) -> Array:
-        return jnp.sum(jnp.where(keys >= candidate[:, None], weights, 0.0), axis=-1) >= target
+    def search() -> Array:
+        scaled = kept(logits, temperature, floor)
+        keys = _ordered(scaled)
+        weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        target = p * weights.sum(axis=-1)
 
-    return _largest(enough, logits.shape[0])
+        def enough(candidate: Array) -> Array:
+            return jnp.sum(jnp.where(keys >= candidate[:, None], weights, 0.0), axis=-1) >= target
+
+        return _largest(enough, len(keys))
+
+    return _where(p < 1, search)
+
+
+def _where(wanted: Array, search: Callable[[], Array]) -> Array:
+    """Return what `search` finds for the rows that want it; it is left out where none does."""
+    nothing = jnp.full(wanted.shape, -jnp.inf)
+    return jax.lax.cond(jnp.any(wanted), lambda: jnp.where(wanted, search(), nothing), lambda: nothing)
 
 
 def _ordered(x: Array) -> Array:
