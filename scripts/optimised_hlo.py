@@ -62,10 +62,10 @@ class OptimisedHlo:
                 current.append(Instruction(found[3], found[2], line, line.lstrip().startswith("ROOT")))
 
     def step(self) -> str:
-        """Return the computation that has the layers: the one with most to do for the GPU that is no condition's."""
+        """Return the computation that has the layers: the one with most kernels that is no condition's, or else all."""
         every = [instruction for computation in self._computations.values() for instruction in computation]
         branches = {name for found in every if found.opcode == "conditional" for name in found.called}
-        steps = [name for name in self._computations if name not in branches]
+        steps = [self.entry, *(name for name in self._computations if name not in branches)]
         return max(steps, key=lambda name: sum(self.kinds(name)[kind] for kind in ("triton", "mosaic")))
 
     def kinds(self, name: str) -> Counter[str]:

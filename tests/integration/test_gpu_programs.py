@@ -95,6 +95,11 @@ def test_a_sampled_step_is_one_graph_too() -> None:
             assert row["around"]["while"] == 1 and row["aliased_bytes"] > POOLS
 
 
+def test_two_gpus_sample_without_a_condition_that_the_host_reads() -> None:
+    [row] = compile_programs("--geometry", "7b", "--tensor-parallel-size", "2", "--only", "decode:8").values()
+    assert row["step"]["conditional"] == 2 and "Conditional" not in row["commands"]
+
+
 def test_whole_heads_of_adapters_are_multiplied_where_they_lie() -> None:
     options = ("--geometry", "7b", "--adapters", "--vocab-adapters", "--only", "sample_greedy_lora:32")
     [row] = compile_programs(*options).values()
