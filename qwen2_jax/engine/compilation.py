@@ -69,10 +69,14 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
         with _LOWERING:
             lowered = jitted.lower(*spec.arguments)
-        if mesh.devices.flat[0].platform != "gpu":
+        if not _is_gpu(mesh):
             return lowered.compile()
         graph = _CONCURRENT if spec.is_concurrent else {}
         return lowered.compile(_gpu_options(mesh) | (graph if spec.as_graph else _NO_GRAPH))
+
+
+def _is_gpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "gpu"
 
 
 @functools.cache
@@ -106,6 +110,8 @@ def compile_programs[K](
 
     What JAX's own cache gave is not kept a second time: such a program, serialised again, may load and then not run.
     """
+    if _is_gpu(mesh):
+        _gpu_options(mesh)  # which compiles: what JAX's cache gives it is not to be taken for one of the programs
     from_jax = threading.local()
 
     def note_hit(event: str, **_: Any) -> None:
