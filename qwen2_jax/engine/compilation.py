@@ -30,8 +30,7 @@ _GPU_OPTIONS: dict[str, bool | int | str] = {
     "xla_gpu_autotune_level": 1,
 }
 _EXPERIMENTAL_OPTIONS = {
-    # It compiles each fusion on its own to choose between two emitters, which is almost half of the compilation, and
-    # times them on the GPU, one thread at a time.
+    # It compiles each fusion on its own to choose between emitters, which is almost half of the compilation.
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
 """Left out where XLA does not know them, as another version may."""
