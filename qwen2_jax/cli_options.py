@@ -38,7 +38,7 @@ ENGINE_OPTIONS: Options = {
     "max_model_len": {"type": int, "metavar": "TOKENS", "help": "longest prompt and output together"},
     "max_num_seqs": {"type": int, "metavar": "N", "help": "most sequences that run at once"},
     "max_num_batched_tokens": {"type": int, "metavar": "TOKENS", "help": "most tokens in one step"},
-    "max_num_mixed_tokens": {"type": int, "metavar": "TOKENS", "help": "most tokens in a step that decodes, too"},
+    "max_num_mixed_tokens": {"type": int, "metavar": "TOKENS", "help": "the same beside what is streamed"},
     "max_lora_rank": {"type": int, "metavar": "N", "help": "highest rank of an adapter, with --lora"},
     "max_vocab_loras": {"type": int, "metavar": "N", "help": "adapters of embeddings and head, with --lora"},
     "max_full_vocab": {"type": int, "metavar": "N", "help": "adapters with whole embeddings or heads, with --lora"},

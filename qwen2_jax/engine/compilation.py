@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from qwen2_jax.engine.executable_cache import ExecutableCache
+from qwen2_jax.engine.step_inputs import Layout
 from qwen2_jax.parallel import replicated
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class ProgramSpec:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    inputs: Any = None
-    """What the one argument that comes from the host is packed from, a `step_inputs.Layout`; None where it is not."""
+    inputs: Layout | None = None
+    """What the one argument that comes from the host is packed from; None where it is not packed."""
     donated: tuple[int, ...] = ()
     out_shardings: Any
     matmul_precision: str | None = None

@@ -14,7 +14,7 @@ from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import ScheduledRow, SchedulerConfig, SchedulerOutput
 from qwen2_jax.engine.scheduler import Scheduler
 from qwen2_jax.errors import CapacityError
-from qwen2_jax.types import SamplingParams
+from qwen2_jax.types import RequestOutputKind, SamplingParams
 
 VOCAB_SIZE = 30
 EOS = 0
@@ -151,6 +151,7 @@ class Traffic:
             min_tokens=rng.choice([0, 0, min(max_tokens or 5, 5)]),
             ignore_eos=rng.random() < 0.3,
             stop_token_ids=[7] if rng.random() < 0.3 else [],
+            output_kind=rng.choice([RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY]),
         )
         priority, salt = rng.randrange(3), rng.choice([None, "a"])
         leader = self.submit(prompt, params, priority=priority, cache_salt=salt, synchronous=rng.random() < 0.1)
