@@ -5,9 +5,9 @@
 
 Prints a JSON object a line: for each program the seconds of lowering and compiling, how often its step launches
 kernels of each origin and runs XLA's own operations (`optimised_hlo.OptimisedHlo.kinds`), what the host starts for a
-step (`commands`: a CUDA graph is one, a "command buffer"), the most that one of XLA's operations writes, and XLA's
-account of memory. `--lower-only` needs no compiler; then the last line has the
-seconds in all and how many modules of Mosaic's there are.
+step and for a call (`commands`: a CUDA graph is one, a "command buffer"), the most that one of XLA's operations writes,
+and XLA's account of memory. `--lower-only` needs no compiler; then the last line has the seconds in all and how many
+modules of Mosaic's there are.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def programs_of(arguments: argparse.Namespace, mesh: Any) -> tuple[Any, dict[Any
 def compile_all(programs: dict[Any, Any], mesh: Any, dump: Path) -> Iterator[dict[str, Any]]:
     """Compile programs one after another and describe each; XLA writes into `dump`."""
     from qwen2_jax.engine.compilation import compile_program
-    from scripts.optimised_hlo import OptimisedHlo, step_commands
+    from scripts.optimised_hlo import OptimisedHlo, call_commands, step_commands
 
     for (name, bucket), spec in programs.items():
         start = time.perf_counter()
@@ -74,6 +74,7 @@ def compile_all(programs: dict[Any, Any], mesh: Any, dump: Path) -> Iterator[dic
         hlo = OptimisedHlo(text)
         step = hlo.step()
         copied = hlo.copied()
+        thunks = _read_thunks(dump)
         largest = max(copied, key=lambda text: copied[text], default="")
         yield {
             "program": name,
@@ -81,7 +82,8 @@ def compile_all(programs: dict[Any, Any], mesh: Any, dump: Path) -> Iterator[dic
             "seconds": round(seconds, 1),
             "step": dict(hlo.kinds(step)),
             "around": {} if step == hlo.entry else dict(hlo.kinds(hlo.entry)),
-            "commands": dict(step_commands(_read_commands(dump))),
+            "commands": dict(step_commands(thunks)),
+            "call_commands": dict(call_commands(thunks)),
             "largest_copy_bytes": copied.get(largest, 0),
             "largest_copy": largest,
             "temporary_bytes": memory.temp_size_in_bytes,
@@ -90,7 +92,7 @@ def compile_all(programs: dict[Any, Any], mesh: Any, dump: Path) -> Iterator[dic
         }
 
 
-def _read_commands(dump: Path) -> str:
+def _read_thunks(dump: Path) -> str:
     """Return what the host starts in the program that was compiled last, and forget it."""
     # Where passes have changed nothing, there is the first list alone.
     path = max(dump.glob("*.thunk_sequence*.txt"), key=lambda path: len(path.name))

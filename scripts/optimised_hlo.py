@@ -124,15 +124,22 @@ class OptimisedHlo:
         return [found for name in instruction.called for found in self._computations.get(name, ())]
 
 
-def step_commands(thunks: str) -> Counter[str]:
-    """Count what the host starts, one after another, for a step: in the body of the program's loop, or in all of it.
+def call_commands(thunks: str) -> Counter[str]:
+    """Count what the host starts in a call of a program, one after another.
 
     `thunks` is XLA's own list, a line each: a number, a kind and more, those inside others indented. What is inside a
     command buffer, a conditional or a loop is not counted.
     """
-    lines = thunks.splitlines()
-    if any(line.strip() == "body:" for line in lines):
-        lines = lines[next(index for index, line in enumerate(lines) if line.strip() == "body:") + 1 :]
-    found = [(len(entry[1]), entry[2]) for entry in map(_THUNK.match, lines) if entry is not None]
+    found = [(len(entry[1]), entry[2]) for entry in map(_THUNK.match, thunks.splitlines()) if entry is not None]
     least = min((depth for depth, _ in found), default=0)
     return Counter(kind for depth, kind in found if depth == least)
+
+
+def step_commands(thunks: str) -> Counter[str]:
+    """Count what the host starts for a step: in the body of the loop that it runs, or else in the whole call."""
+    commands = call_commands(thunks)
+    if "While" not in commands:
+        return commands
+    lines = thunks.splitlines()
+    body = next(index for index, line in enumerate(lines) if line.strip() == "body:") + 1
+    return call_commands("\n".join(lines[body:]))

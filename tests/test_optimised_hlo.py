@@ -1,6 +1,6 @@
 """Reading optimised HLO, on a program written out here."""
 
-from scripts.optimised_hlo import OptimisedHlo, step_commands
+from scripts.optimised_hlo import OptimisedHlo, call_commands, step_commands
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -89,7 +89,20 @@ condition:
     000: kCommandBuffer [prev=151 (1) | sink        ]
 """
     assert step_commands(thunks) == {"CommandBuffer": 2, "Conditional": 1}
+    assert call_commands(thunks) == {"CommandBuffer": 1, "While": 1}
     assert step_commands("000: kCopy [sink]\n001: kCustomCall [sink]\n    002: kCopy [sink]") == {
         "Copy": 1,
         "CustomCall": 1,
     }
+
+
+def test_a_loop_inside_a_command_buffer_is_not_the_hosts() -> None:
+    thunks = """\
+000: kCommandBuffer [source | sink]
+    001: kWhile         [source | sink]
+condition:
+        002: kCustomKernel [source | sink] wrapped_compare
+      body:
+        003: kCustomKernel   [source       | next=004 (1)] input_reduce_fusion
+"""
+    assert step_commands(thunks) == call_commands(thunks) == {"CommandBuffer": 1}

@@ -37,6 +37,10 @@ _EXPERIMENTAL_OPTIONS = {
 """Left out where XLA does not know them, as another version may."""
 _NO_GRAPH = {"xla_gpu_graph_min_graph_size": 2**30}
 _CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+_WITH_LOOP = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""XLA's own list, and loops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,9 @@ class ProgramSpec:
     as_graph: bool = False
     """Whether a GPU gets the program's kernels as CUDA graphs. That saves the host a launch for each, but a graph whose
     buffers have moved is brought up to date first, while the device waits: for calls whose kernels are short."""
+    has_loop_in_graph: bool = False
+    """Whether the program's loop is a node of the graph. Otherwise the host starts a graph for each turn, and waits for
+    the one before it where the device decides how many there are."""
     is_concurrent: bool = False
     """Whether kernels of a graph that do not need one another run beside one another."""
 
@@ -71,7 +78,7 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
             lowered = jitted.lower(*spec.arguments)
         if not _is_gpu(mesh):
             return lowered.compile()
-        graph = _CONCURRENT if spec.is_concurrent else {}
+        graph = (_CONCURRENT if spec.is_concurrent else {}) | (_WITH_LOOP if spec.has_loop_in_graph else {})
         return lowered.compile(_gpu_options(mesh) | (graph if spec.as_graph else _NO_GRAPH))
 
 

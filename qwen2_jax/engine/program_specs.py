@@ -91,6 +91,7 @@ class ProgramTable:
                 out_shardings=(*caches, *results),
                 matmul_precision=self.matmul_precision,
                 as_graph=tokens is None,
+                has_loop_in_graph=name == "decode",
                 is_concurrent=bool(banks) and rows <= _CONCURRENT_ROWS,
             )
 

@@ -31,6 +31,7 @@ KERNELS = {
     "prefill:2048": ({"triton": 4, "mosaic": 5}, {"triton": 1}),
     "prefill_lora:2048": ({"triton": 12, "mosaic": 5}, {"triton": 1}),
 }
+SAMPLED = ("decode:1", "decode:8", "decode:256", "decode_lora:8", "sample:32")
 LARGEST_COPY = {"decode": 64 << 10, "prefill": 2048 * 3584 * 2}
 """Bytes; in a prefill the tokens' embeddings."""
 
@@ -82,12 +83,12 @@ def test_two_gpus_add_up_twice_a_layer_and_gather_only_logits() -> None:
     assert not {"collective-permute", "all-to-all", "reduce-scatter"} & set(row["step"])
 
 
-def test_a_sampled_step_is_one_graph_too() -> None:
-    """Its conditionals are the graph's nodes, so that the host waits for nothing but the number of steps."""
-    rows = compile_programs("--geometry", "7b", "--only", "decode:1,decode:8,decode:256,sample:32")
+def test_a_sampled_call_is_one_graph() -> None:
+    """Its loop and conditionals are the graph's nodes, so that the host waits for nothing."""
+    rows = compile_programs("--geometry", "7b", "--adapters", "--only", ",".join(SAMPLED))
     for name, row in rows.items():
         logits = int(name.split(":")[1]) * 152064 * 4
-        assert row["commands"] == {"CommandBuffer": 1}, name
+        assert row["call_commands"] == {"CommandBuffer": 1}, name
         assert row["largest_copy_bytes"] < 1.1 * logits, row["largest_copy"]
         if "decode" in name:
             assert row["step"]["conditional"] == 2, name  # what is asked of the choice, and of log-probabilities
