@@ -72,16 +72,17 @@ def installed() -> list[str]:
 
 def make_models(folder: Path, names: list[str]) -> None:
     """Write each model as a Hugging Face checkpoint in bfloat16; the embedded one is dequantised for that."""
-    import ml_dtypes
-
-    from qwen2_jax.models.embedded import embedded_model
-    from qwen2_jax.models.gguf import open_gguf
     from scripts.make_tiny_model import make_tiny_model, write_checkpoint
 
     for name in names:
         if name in MODELS:
             make_tiny_model(folder / name, **MODELS[name])
             continue
+        import ml_dtypes
+
+        from qwen2_jax.models.embedded import embedded_model
+        from qwen2_jax.models.gguf import open_gguf
+
         checkpoint = open_gguf(embedded_model(name))
         tensors = {key: entry.load().astype(ml_dtypes.bfloat16) for key, entry in checkpoint.tensors.items()}
         write_checkpoint(folder / name, checkpoint.config | {"torch_dtype": "bfloat16"}, tensors)

@@ -53,11 +53,11 @@ ADAPTER_PARTS = (*(f"adapters-{geometry}" for geometry in GEOMETRIES), "adapter-
 TOGETHER = ("suite", "accuracy")
 """Parts that run beside each other: what the others time runs alone."""
 BUDGETS = {
-    "suite": 200,
-    "accuracy": 200,
-    "kernels": 100,
-    "yardstick-7b": 170,
-    "yardstick-0.5b": 110,
+    "suite": 190,
+    "accuracy": 190,
+    "kernels": 130,
+    "yardstick-7b": 150,
+    "yardstick-0.5b": 100,
     "adapters-7b": 420,
     "adapters-0.5b": 200,
     "adapter-curve": 420,
@@ -122,7 +122,7 @@ def check_suite(out: Path, budget: float) -> list[str]:
     result = Runner(out, budget).python(
         "suite",
         *("-m", "pytest", "tests/kernels", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"),
-        *("--numprocesses", str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES)), "--dist", "worksteal"),
+        *("--numprocesses", str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES)), "--dist", "loadgroup"),
         *("-o", "minversion=8.0", "-o", "filterwarnings=default"),
         env=SHARES_GPU | {"JAX_PLATFORMS": "cuda,cpu"},
     )

@@ -67,7 +67,7 @@ def lora_case(
         function=partial(_add, partial(run, implementation=implementation, **options)),
         calls=calls,
         num_bytes=weights + activations,
-        headline=(bench.tokens, bench.adapters, bench.rank) in HEADLINES,
+        headline=implementation == "triton" and (bench.tokens, bench.adapters, bench.rank) in HEADLINES,
         config=options.get("config"),
     )
 

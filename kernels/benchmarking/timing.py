@@ -4,7 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ SAMPLE_SECONDS = 0.01
 """How long a sample takes at least: as many chains as fit, launched without waiting."""
 MATMUL_SIZE = 8192
 READ_BYTES = 4 << 30
+XLA_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 1}
+"""As the engine compiles: XLA's products are cuBLAS's, the fastest of its candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +31,6 @@ class Limits:
     """Bytes read in a second, by a maximum over 4 GiB."""
     flops: float
     """Operations in a second, by a bfloat16 product of two random 8192 x 8192 matrices."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """A case's two programs."""
-
-    make: jax.stages.Compiled
-    function: jax.stages.Compiled
 
 
 def measure_limits() -> Limits:
@@ -61,13 +55,15 @@ def run_cases(cases: Iterable[Case], limits: Limits) -> Iterator[dict[str, Any]]
     """
     cases = list(cases)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        programs: list[Future[Compiled]] = [threads.submit(compile_case, case) for case in cases]
+        # The implementations of a shape have their arrays in common.
+        makes = {make: threads.submit(_compile_make, make) for make in dict.fromkeys(case.make for case in cases)}
+        programs = [threads.submit(compile_function, case) for case in cases]
     for case, program in zip(cases, programs, strict=True):
         row = {name: getattr(case, name) for name in ("op", "implementation", "geometry", "dtype", "shape")}
         if case.config is not None:
             row["config"] = asdict(case.config)
         try:
-            row |= rates(case, time_case(program.result()) / case.calls, limits)
+            row |= rates(case, time_case(makes[case.make].result(), program.result()) / case.calls, limits)
         except NotImplementedError as error:
             row["unsupported"] = str(error)
         except Exception as error:  # whatever a compiler, a launch or an allocation raises is this case's result
@@ -75,23 +71,27 @@ def run_cases(cases: Iterable[Case], limits: Limits) -> Iterator[dict[str, Any]]
         yield row
 
 
-def compile_case(case: Case) -> Compiled:
-    """Compile what makes the case's arrays and what runs on them; the arrays that it returns anew are donated."""
-    seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    abstract = jax.eval_shape(case.make, seed)
+def _compile_make(make: Callable[..., Any]) -> jax.stages.Compiled:
+    """Compile what makes a case's arrays."""
+    return jax.jit(make).lower(jax.ShapeDtypeStruct((), jnp.uint32)).compile()
+
+
+def compile_function(case: Case) -> jax.stages.Compiled:
+    """Compile what runs on a case's arrays; those that it returns anew are donated."""
+    abstract = jax.eval_shape(case.make, jax.ShapeDtypeStruct((), jnp.uint32))
     donated = tuple(range(len(jax.eval_shape(case.function, *abstract))))
     # An array that is only there to give its memory to a result is kept as an argument.
-    function = jax.jit(case.function, donate_argnums=donated, keep_unused=True)
-    return Compiled(make=jax.jit(case.make).lower(seed).compile(), function=function.lower(*abstract).compile())
+    function = jax.jit(case.function, donate_argnums=donated, keep_unused=True).lower(*abstract)
+    return function.compile(XLA_OPTIONS if jax.default_backend() == "gpu" else {})
 
 
-def time_case(program: Compiled) -> float:
+def time_case(make: jax.stages.Compiled, function: jax.stages.Compiled) -> float:
     """Return the seconds of one chain."""
-    arrays = program.make(jnp.uint32(0))
+    arrays = make(jnp.uint32(0))
 
     def run() -> Any:
         nonlocal arrays
-        results = program.function(*arrays)
+        results = function(*arrays)
         arrays = (*results, *arrays[len(results) :])
         return results
 

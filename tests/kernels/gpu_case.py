@@ -1,10 +1,9 @@
-"""Cases of the tests that need a GPU, and how they run: each op compiled once, in threads, against its reference."""
+"""Cases of the tests that need a GPU, and how they run: each op compiled once, against its reference."""
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -45,30 +44,32 @@ class GpuCase:
 
 
 class GpuCases:
-    """The cases of one test file: compiled in threads while tests run, with one set of inputs for all implementations.
+    """The cases of one test file, with one set of inputs, and of programs, for all implementations of an input.
 
-    Without a GPU there are none: the interpreters' suites do what can be done there.
+    The cases of an input are a group of pytest-xdist's, so that one process compiles them, all at once. Without a GPU
+    there are none: the interpreters' suites do what can be done there.
     """
 
     def __init__(self, cases: Iterable[GpuCase], *, needs_gpu: bool = True) -> None:
         """`needs_gpu=False` keeps the cases on a CPU."""
         found = list(cases) if ON_GPU or not needs_gpu else []
-        self._by_input: dict[str, GpuCase] = {case.input_name: case for case in found}
-        slow = {case.input_name for case in found if case.implementation == "mosaic"}
-        self.cases = sorted(found, key=lambda case: (case.input_name not in slow, case.input_name, case.name))
-        """Those that take longest to compile first, and the implementations of an input one after another."""
-        self.programs = cache(self._start)
+        self.cases = sorted(found, key=lambda case: (case.input_name, case.name))
+        """The implementations of an input one after another."""
+        self._programs = lru_cache(1)(self._compile_input)
         self._expected = lru_cache(MAX_SEEDS)(self._compute_expected)
 
     @property
     def parametrize(self) -> Any:
         """The mark of a test that takes one `case` after another."""
-        return pytest.mark.parametrize("case", self.cases, ids=lambda case: case.name)
+        cases = [
+            pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.input_name)) for case in self.cases
+        ]
+        return pytest.mark.parametrize("case", cases)
 
     def check(self, case: GpuCase) -> None:
         """Assert that an implementation gives what the reference gives; skip what it does not support."""
         try:
-            program = self.programs()[case.name].result()
+            program = self._programs(case.input_name)[case.implementation].result()
         except NotImplementedError as error:
             pytest.skip(str(error))
         for seed in range(case.seeds):
@@ -81,35 +82,39 @@ class GpuCases:
                 np.testing.assert_allclose(wide[known], exact[known], rtol=case.tolerance, atol=case.tolerance)
 
     def mosaic_ops(self) -> set[str]:
-        """Return the ops of which a Mosaic kernel compiles; waits for all of them."""
-        cases = [case for case in self.cases if case.implementation == "mosaic"]
-        return {case.op for case in cases if self.programs()[case.name].exception() is None}
-
-    def _start(self) -> dict[str, Future[Any]]:
-        """Start to compile everything, and the reference of each input once."""
-        threads = ThreadPoolExecutor(os.cpu_count())
-        shapes = {name: threads.submit(_shapes, case) for name, case in self._by_input.items()}
-        wanted: dict[str, tuple[GpuCase, str]] = {}
+        """Return the ops of which a Mosaic kernel compiles."""
+        found = set[str]()
         for case in self.cases:
-            wanted[case.name] = case, case.implementation
-            wanted[case.input_name] = case, "reference"
-        return {
-            name: threads.submit(_compile, case, implementation, shapes[case.input_name])
-            for name, (case, implementation) in wanted.items()
-        }
+            if case.implementation == "mosaic" and case.op not in found and self._is_supported(case):
+                found.add(case.op)
+        return found
+
+    def _is_supported(self, case: GpuCase) -> bool:
+        try:
+            _compile(case, case.implementation, _shapes(case))
+        except NotImplementedError:
+            return False
+        return True
+
+    def _compile_input(self, input_name: str) -> dict[str, Future[Any]]:
+        """Compile every implementation of an input, and the reference."""
+        cases = [case for case in self.cases if case.input_name == input_name]
+        shapes = _shapes(cases[0])
+        wanted = {"reference": cases[0]} | {case.implementation: case for case in cases}
+        with ThreadPoolExecutor() as threads:
+            return {name: threads.submit(_compile, case, name, shapes) for name, case in wanted.items()}
 
     def _compute_expected(self, input_name: str, seed: int) -> tuple[tuple[Any, ...], list[Array]]:
-        arrays = self._by_input[input_name].make(seed)
-        return arrays, jax.tree.leaves(self.programs()[input_name].result()(*arrays))
+        arrays = next(case for case in self.cases if case.input_name == input_name).make(seed)
+        return arrays, jax.tree.leaves(self._programs(input_name)["reference"].result()(*arrays))
 
 
-def _shapes(case: GpuCase) -> Any:
+def _shapes(case: GpuCase) -> tuple[Any, ...]:
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), case.make(0))
 
 
-def _compile(case: GpuCase, implementation: str, shapes: Future[Any]) -> Any:
-    run = partial(case.run, implementation=implementation)
-    return jax.jit(run).lower(*shapes.result()).compile()
+def _compile(case: GpuCase, implementation: str, shapes: tuple[Any, ...]) -> Any:
+    return jax.jit(partial(case.run, implementation=implementation)).lower(*shapes).compile()
 
 
 def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0, dtype: Any = jnp.bfloat16) -> Array:
