@@ -4,7 +4,7 @@
 
 Parts, each of which can be asked for alone with `--part`:
 
-- suite: the kernels' tests, on the GPU instead of in interpreters.
+- suite: the kernels against their references on the GPU, `tests/kernels/test_*on_gpu.py`.
 - accuracy: log-probabilities in bfloat16 beside transformers', and greedy tokens in float32 beside golden ones.
 - kernels: the shapes of `kernels/bench.py` that tell how each op does.
 - yardstick-7b, yardstick-0.5b: `workload.py`, beside vLLM and the goals, and a second start from a warm cache.
@@ -117,11 +117,12 @@ def _python_path() -> str:
 
 
 def check_suite(out: Path, budget: float) -> list[str]:
-    """Run the kernels' tests in many processes, since most of their time is compilation, and count them by file."""
+    """Run the tests that need a GPU in many processes, since most of their time is compilation; count them by file."""
     report = out / "suite.xml"
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*on_gpu.py"))
     result = Runner(out, budget).python(
         "suite",
-        *("-m", "pytest", "tests/kernels", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"),
+        *("-m", "pytest", *files, "-p", "no:cacheprovider", f"--junitxml={report}"),
         *("--numprocesses", str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES)), "--dist", "loadgroup"),
         *("-o", "minversion=8.0", "-o", "filterwarnings=default"),
         env=SHARES_GPU | {"JAX_PLATFORMS": "cuda,cpu"},

@@ -63,7 +63,7 @@ class TrainableAttention(FlashQwen2Attention):
     ) -> tuple[Array, Array, KVPair]:
         """Attend as `FlashQwen2Attention` does."""
         qkv, residual = self.qkv_proj(norm, self.o_proj)
-        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch, self.o_proj.kernel[...])
+        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             rows, length, _, head_dim = k.shape

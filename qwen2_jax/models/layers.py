@@ -39,14 +39,12 @@ class Qwen2RMSNorm(nnx.Module):
         x: Float[Array, "*S T D"],
         residual: Float[Array, "T D"] | None = None,
         adapted: ops.Adapted | None = None,
-        projection: QKVProj | GateUpProj | None = None,
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
         """Return `(normed, new_residual)`; `new_residual` is `x + residual`. Float32 inside, rounded once each.
 
-        `x` may be partial sums over S; `adapted` is what adapters change in it first; `projection` is what follows.
+        `x` may be partial sums over S; `adapted` is what adapters change in it first.
         """
-        next_kernel = None if projection is None else projection.kernel[...]
-        return ops.rms_norm(x, residual, self.weight[...], self.eps, adapted, next_kernel)
+        return ops.rms_norm(x, residual, self.weight[...], self.eps, adapted)
 
     def before(
         self, x: Float[Array, "*S T D"], residual: Float[Array, "T D"] | None, num_tokens: Int[Array, ""] | None

@@ -33,27 +33,23 @@ def write_kv_cache(
     rope: tuple[Array, Array],
     kv_cache: KVPair,
     batch: StepBatch,
-    o_kernel: Float[Array, "D K G H"],
     adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "T K G H"], KVPair]:
     """Add partial sums and `bias`, rotate queries and keys, and write keys and values to the cache.
 
-    `rope` is cosine and sine, [T, H/2] each; `adapted` what adapters change before the bias; `o_kernel` is read next.
+    `rope` is cosine and sine, [T, H/2] each; `adapted` what adapters change before the bias.
     """
     slots = batch.slot_mapping
     if batch.prefill_cache_indices is not None:
         kept = jnp.zeros(slots.shape, bool).at[batch.prefill_cache_indices].set(True)
         slots = jnp.where(kept, slots, -1)
 
-    def island(
-        qkv: Array, bias: Array, o_kernel: Array, adapted: Adapted | None, *arrays: Array
-    ) -> tuple[Array, Array, Array]:
-        prefetch = o_kernel.reshape(o_kernel.shape[0], -1)
-        return kernels.write_kv(qkv, *arrays, bias=bias, adapted=adapted, prefetch=prefetch)
+    def island(qkv: Array, bias: Array, adapted: Adapted | None, *arrays: Array) -> tuple[Array, Array, Array]:
+        return kernels.write_kv(qkv, *arrays, bias=bias, adapted=adapted)
 
     changes = None if adapted is None else Adapted(delta=HEADS, scale_bank=HEADS, scale_rows=P())  # pyright: ignore[reportArgumentType]
-    run = sharded(island, (PARTIAL_HEADS, P(TP), HEADS, changes, P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
-    q, k, v = run(qkv, bias, o_kernel, adapted, *rope, *kv_cache, slots)
+    run = sharded(island, (PARTIAL_HEADS, P(TP), changes, P(), P(), POOL, POOL, P()), (HEADS, POOL, POOL))
+    q, k, v = run(qkv, bias, adapted, *rope, *kv_cache, slots)
     return q, (k, v)
 
 
@@ -77,21 +73,18 @@ def rms_norm(
     weight: Float[Array, " D"],
     eps: float,
     adapted: Adapted | None = None,
-    next_kernel: Float[Array, "*N D"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """Return the norm of `x + residual`, and that sum; `x` may be partial sums. Every device does the same.
 
-    `adapted` is what adapters change in `x` first; `next_kernel` is what is read next.
+    `adapted` is what adapters change in `x` first.
     """
 
-    def island(
-        x: Array, weight: Array, residual: Array | None, adapted: Adapted | None, prefetch: Array | None
-    ) -> tuple[Array, Array]:
-        return kernels.rms_norm(x, weight, residual, eps=eps, adapted=adapted, prefetch=prefetch)
+    def island(x: Array, weight: Array, adapted: Adapted | None, *residual: Array) -> tuple[Array, Array]:
+        return kernels.rms_norm(x, weight, *residual, eps=eps, adapted=adapted)
 
-    spec = None if next_kernel is None else jax.typeof(next_kernel).sharding.spec
-    run = sharded(island, (P(), P(), P(), P(), spec), (P(), P()))
-    return run(x, weight, residual, adapted, next_kernel)
+    residuals = () if residual is None else (residual,)
+    run = sharded(island, (P(), P(), P(), *(P() for _ in residuals)), (P(), P()))
+    return run(x, weight, adapted, *residuals)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ class FlashQwen2Attention(nnx.Module):
         `mlp` follows. `rope` is cosine and sine at the tokens' positions, [T, H/2] each.
         """
         qkv, residual = self.qkv_proj(norm, self.o_proj)
-        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch, self.o_proj.kernel[...])
+        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch)
         attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
         return self.o_proj(attended, batch.num_tokens, mlp.gate_up_proj), residual, kv_cache
 
@@ -61,8 +61,7 @@ class FlashQwen2Attention(nnx.Module):
     ) -> tuple[Float[Array, "S T D"], Adapted | None, KVPair]:
         """Attend with adapters, from normed tokens; return partial sums of the result and what adapters change."""
         qkv, change = self.qkv_proj.adapted(x, batch.num_tokens, self.o_proj, adapters)
-        o_kernel = self.o_proj.kernel[...]
-        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch, o_kernel, change)
+        q, kv_cache = write_kv_cache(qkv, self.qkv_proj.bias[...], rope, kv_cache, batch, change)
         attended = attention(q, kv_cache, batch, window=self.window, causal=self.causal)
         return *self.o_proj.adapted(attended, batch.num_tokens, adapters), kv_cache
 
@@ -141,9 +140,9 @@ class FlashQwen2Layer(nnx.Module):
         adapters: LayerAdapters,
     ) -> tuple[Float[Array, "S T D"], Float[Array, "T D"], Adapted | None, KVPair]:
         """Run the layer with adapters; `change` is what those of the layer before change in `x`, and one comes back."""
-        normed, residual = self.input_layernorm(x, residual, change, self.self_attn.qkv_proj)
+        normed, residual = self.input_layernorm(x, residual, change)
         x, change, kv_cache = self.self_attn.adapted(normed, rope, batch, kv_cache, adapters)
-        normed, residual = self.post_attention_layernorm(x, residual, change, self.mlp.gate_up_proj)
+        normed, residual = self.post_attention_layernorm(x, residual, change)
         x, change = self.mlp.adapted(normed, batch.num_tokens, adapters)
         return x, residual, change, kv_cache
 

@@ -25,7 +25,7 @@ def _separate(
     activation: str | None,
     partial: bool,
 ) -> tuple[Array, Array]:
-    normed, total = rms_norm(x, norm_weight, residual, eps=eps, prefetch=kernel)
+    normed, total = rms_norm(x, norm_weight, residual, eps=eps)
     if partial:
         return linear_partial(normed, kernel, prefetch=prefetch, num_tokens=num_tokens), total
     out = linear(normed, kernel, bias=bias, activation=activation, prefetch=prefetch, num_tokens=num_tokens)

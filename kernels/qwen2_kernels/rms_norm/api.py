@@ -28,7 +28,6 @@ def rms_norm(
     *,
     eps: float,
     adapted: Adapted | None = None,
-    prefetch: Float[Array, "*N D"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """Return `(normed, total)`: `total` is `x + residual`, and `normed` its root-mean-square norm times `weight`.
@@ -44,8 +43,6 @@ def rms_norm(
         residual: added to `x` first; None leaves `x` as `total`.
         eps: what the norm adds to the mean square.
         adapted: what adapters change in `x` first.
-        prefetch: the kernel that the projection of `normed` reads. A hint, which Triton's kernel follows for few tokens
-            on Hopper: the beginning of each row is on its way to the cache when the projection is launched.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16, float16 or float32) or `"auto"`.
 
     Raises:
@@ -62,4 +59,4 @@ def rms_norm(
     known = x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
     gpu, reason = ("triton", "one launch for sum and norm") if known else ("xla", f"{x.dtype} is not for Triton")
     run = select("rms_norm", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
-    return run(x, weight, residual, adapted, prefetch, eps=eps)
+    return run(x, weight, residual, adapted, eps=eps)

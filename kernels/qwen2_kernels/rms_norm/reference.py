@@ -7,13 +7,7 @@ from qwen2_kernels.adapted import Adapted
 
 
 def rms_norm_reference(
-    x: Array,
-    weight: Array,
-    residual: Array | None,
-    adapted: Adapted | None = None,
-    prefetch: Array | None = None,
-    *,
-    eps: float,
+    x: Array, weight: Array, residual: Array | None, adapted: Adapted | None = None, *, eps: float
 ) -> tuple[Array, Array]:
     """See `api.rms_norm`."""
     total = x.astype(jnp.float32)

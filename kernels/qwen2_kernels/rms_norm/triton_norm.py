@@ -8,7 +8,6 @@ from jax import Array
 
 from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.launch import triton_call
-from qwen2_kernels.row_prefetch import prefetch_programs, prefetch_rows
 
 
 @triton.jit
@@ -19,32 +18,20 @@ def rms_norm_kernel(
     delta_ptr,
     scale_bank_ptr,
     scale_rows_ptr,
-    next_ptr,
     normed_ptr,
     total_ptr,
     part_size,
-    num_tokens,
     PARTS: tl.constexpr,
     D: tl.constexpr,
     EPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     IS_ADAPTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NEXT_ROWS: tl.constexpr,
-    NEXT_ROW_BYTES: tl.constexpr,
-    NEXT_BYTES: tl.constexpr,
-    NEXT_PROGRAM_ROWS: tl.constexpr,
 ):
-    """x [PARTS, T, D], residual, delta, normed and total [T, D], weight [D]; part_size is T * D.
+    """x [PARTS, T, D], residual, delta, normed and total [T, D], weight [D]; part_size is T * D; grid (T).
 
-    The grid is (T), and further programs for what is read next. BLOCK_D is D's next power of two: the columns past D
-    are zeros, which add nothing to the mean.
+    BLOCK_D is D's next power of two: the columns past D are zeros, which add nothing to the mean.
     """
-    if NEXT_BYTES > 0:  # noqa: SIM102 - a constant of its own, so that what is not wanted is not compiled
-        if tl.program_id(0) >= num_tokens:
-            program = tl.program_id(0) - num_tokens
-            prefetch_rows(next_ptr, program, NEXT_ROWS, NEXT_ROW_BYTES, NEXT_BYTES, NEXT_PROGRAM_ROWS)
-            return
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
     offsets = tl.program_id(0).to(tl.int64) * D + columns
@@ -66,13 +53,7 @@ def rms_norm_kernel(
 
 
 def rms_norm_triton(
-    x: Array,
-    weight: Array,
-    residual: Array | None,
-    adapted: Adapted | None = None,
-    prefetch: Array | None = None,
-    *,
-    eps: float,
+    x: Array, weight: Array, residual: Array | None, adapted: Adapted | None = None, *, eps: float
 ) -> tuple[Array, Array]:
     """See `api.rms_norm`.
 
@@ -83,7 +64,6 @@ def rms_norm_triton(
         raise NotImplementedError(f"rms_norm: 'triton' takes bfloat16, float16 or float32, not {x.dtype}")
     tokens, size = x.shape[-2:]
     block = 1 << (size - 1).bit_length()
-    programs, sizes = prefetch_programs(prefetch, tokens)
     result = jax.ShapeDtypeStruct((tokens, size), weight.dtype if x.ndim == 3 else x.dtype)
     return triton_call(
         x,
@@ -91,20 +71,17 @@ def rms_norm_triton(
         # What is not there is never read: `x` stands in for it.
         x if residual is None else residual,
         *((x, x, x) if adapted is None else (adapted.delta, adapted.scale_bank, adapted.scale_rows)),
-        prefetch if programs else x,
         kernel=rms_norm_kernel,
         out_type=(result, result),
-        grid=(tokens + programs,),
+        grid=(tokens,),
         # Sixteen features a thread, two wide reads of each array: enough in flight for one token as for thousands.
         num_warps=min(max(block // 512, 1), 16),
         num_stages=1,
         part_size=tokens * size,
-        num_tokens=tokens,
         PARTS=x.shape[0] if x.ndim == 3 else 1,
         D=size,
         EPS=eps,
         HAS_RESIDUAL=residual is not None,
         IS_ADAPTED=adapted is not None,
         BLOCK_D=block,
-        **sizes,
     )

@@ -8,13 +8,7 @@ from qwen2_kernels.adapted import Adapted
 
 
 def rms_norm_xla(
-    x: Array,
-    weight: Array,
-    residual: Array | None,
-    adapted: Adapted | None = None,
-    prefetch: Array | None = None,
-    *,
-    eps: float,
+    x: Array, weight: Array, residual: Array | None, adapted: Adapted | None = None, *, eps: float
 ) -> tuple[Array, Array]:
     """See `api.rms_norm`."""
     total = x.astype(jnp.float32)

@@ -30,7 +30,6 @@ def write_kv(
     *,
     bias: Float[Array, "K G+2 H"] | None = None,
     adapted: Adapted | None = None,
-    prefetch: Float[Array, "*N D"] | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     implementation: str = "auto",
@@ -46,7 +45,6 @@ def write_kv(
         slot_mapping: where each token goes, `block * B + offset`; -1 writes nothing.
         bias: the projection's, added to each token first.
         adapted: what adapters change in the projection before `bias`, which is needed, is added.
-        prefetch: the kernel that the projection behind the attention reads, a hint; see `rms_norm`.
         k_scale, v_scale: what a stored value is multiplied by to give the real one.
 
     Returns:
@@ -78,4 +76,4 @@ def write_kv(
     if head_dim & (head_dim - 1):
         gpu, reason = "xla", f"a head dim of {head_dim} is not a power of two"
     run = select("write_kv", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
-    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, bias, adapted, prefetch, k_scale=k_scale, v_scale=v_scale)
+    return run(qkv, cos, sin, k_pool, v_pool, slot_mapping, bias, adapted, k_scale=k_scale, v_scale=v_scale)

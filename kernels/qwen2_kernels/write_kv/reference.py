@@ -16,7 +16,6 @@ def write_kv_reference(
     slot_mapping: Array,
     bias: Array | None = None,
     adapted: Adapted | None = None,
-    prefetch: Array | None = None,
     *,
     k_scale: float,
     v_scale: float,

@@ -8,7 +8,6 @@ from jax import Array
 
 from qwen2_kernels.adapted import Adapted
 from qwen2_kernels.launch import triton_call
-from qwen2_kernels.row_prefetch import prefetch_programs, prefetch_rows
 
 
 @triton.jit
@@ -21,7 +20,6 @@ def _write_kv_kernel(
     delta_ptr,
     scale_bank_ptr,
     scale_rows_ptr,
-    next_ptr,
     k_pool_ptr,
     v_pool_ptr,
     q_ptr,
@@ -38,23 +36,12 @@ def _write_kv_kernel(
     k_inverse_scale: tl.constexpr,
     v_inverse_scale: tl.constexpr,
     limit: tl.constexpr,
-    NEXT_ROWS: tl.constexpr,
-    NEXT_ROW_BYTES: tl.constexpr,
-    NEXT_BYTES: tl.constexpr,
-    NEXT_PROGRAM_ROWS: tl.constexpr,
 ):
     """qkv [PARTS, T, K, G+2, H], delta [T, K, G+2, H], scale_bank [V, K, G+2, H], bias [K, G+2, H] -> q [T, K, G, H],
     and rows of the pools [S, K, H] by slot.
 
-    GP is G+1 as a power of two, part_size is T * K * (G+2) * H. The grid is (T / BT, K), and further programs on the
-    first axis for what is read next.
+    GP is G+1 as a power of two, part_size is T * K * (G+2) * H.
     """
-    tiles = tl.cdiv(num_tokens, BT)
-    if NEXT_BYTES > 0:  # noqa: SIM102 - a constant of its own, so that what is not wanted is not compiled
-        if tl.program_id(0) >= tiles:
-            program = (tl.program_id(0) - tiles) * K + tl.program_id(1)
-            prefetch_rows(next_ptr, program, NEXT_ROWS, NEXT_ROW_BYTES, NEXT_BYTES, NEXT_PROGRAM_ROWS)
-            return
     half: tl.constexpr = H // 2
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     kv_head = tl.program_id(1)
@@ -132,7 +119,6 @@ def write_kv_triton(
     slot_mapping: Array,
     bias: Array | None = None,
     adapted: Adapted | None = None,
-    prefetch: Array | None = None,
     *,
     k_scale: float,
     v_scale: float,
@@ -143,7 +129,6 @@ def write_kv_triton(
         raise NotImplementedError(f"write_kv: triton needs a head dim that is a power of two, not {head_dim}")
     group = slots - 2
     tile = 1 if tokens <= 1024 else 4
-    programs, sizes = prefetch_programs(prefetch, tokens)
     k_ref, v_ref = jax.new_ref(k_pool), jax.new_ref(v_pool)
     info = jnp.finfo(k_pool.dtype)
     q = triton_call(
@@ -153,12 +138,11 @@ def write_kv_triton(
         slot_mapping,
         qkv if bias is None else bias,  # what is not there is never read
         *((qkv, qkv, qkv) if adapted is None else (adapted.delta, adapted.scale_bank, adapted.scale_rows)),
-        prefetch if programs else qkv,
         k_ref,
         v_ref,
         kernel=_write_kv_kernel,
         out_type=jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), qkv.dtype if bias is None else bias.dtype),
-        grid=(triton.cdiv(tokens, tile) + triton.cdiv(programs, kv_heads), kv_heads),
+        grid=(triton.cdiv(tokens, tile), kv_heads),
         num_warps=4,
         num_stages=1,
         num_tokens=tokens,
@@ -174,6 +158,5 @@ def write_kv_triton(
         k_inverse_scale=1 / k_scale,
         v_inverse_scale=1 / v_scale,
         limit=float(info.max) if info.bits == 8 else float("inf"),
-        **sizes,
     )
     return q, jax.freeze(k_ref), jax.freeze(v_ref)
