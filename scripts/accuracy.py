@@ -105,6 +105,7 @@ def run_qwen2_jax(folder: Path, name: str) -> None:
         kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,
         use_tqdm_on_load=False,
+        lowering_workers=0,  # engines beside one another, with few layers
     )
     params = [
         SamplingParams(

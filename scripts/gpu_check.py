@@ -6,11 +6,12 @@ Parts, each of which can be asked for alone with `--part`:
 
 - suite: the kernels against their references on the GPU, `tests/kernels/test_*on_gpu.py`.
 - accuracy: log-probabilities in bfloat16 beside transformers', and greedy tokens in float32 beside golden ones.
-- kernels: the shapes of `kernels/bench.py` that tell how each op does.
+- kernels-7b: the shapes of `kernels/bench.py` that tell how each op does.
 - yardstick-7b, yardstick-0.5b: `workload.py`, beside vLLM and the goals, and a second start from a warm cache.
 
 These five are "all". The others run only when they are asked for, each longer than what is left of ten minutes:
 
+- kernels-0.5b: the same for that model; up to 200 s.
 - adapters-7b, adapters-0.5b: `workload.py` with 32 adapters, beside vLLM and the goals; up to 420 and 200 s.
 - adapter-curve: `adapter_curve.py` for 0.5B; up to 420 s.
 - adapter-loading: `adapter_loading.py` for 7B; up to 300 s.
@@ -25,21 +26,18 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarking.record import ROOT, write_record
 
+from scripts.command_runner import Result, Runner, stop_all
 from scripts.yardstick import ADAPTERS, format_text, metrics, table, with_adapters
 
 SHARES_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
@@ -47,17 +45,25 @@ SHARES_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_F
 MOST_TEST_PROCESSES = 12
 """A context on the GPU takes half a gigabyte, and their tests' arrays come on top."""
 GEOMETRIES = ("7b", "0.5b")
-PARTS = ("suite", "accuracy", "kernels", *(f"yardstick-{geometry}" for geometry in GEOMETRIES))
+PARTS = ("suite", "accuracy", "kernels-7b", *(f"yardstick-{geometry}" for geometry in GEOMETRIES))
 """Those that run when none is named."""
-ADAPTER_PARTS = (*(f"adapters-{geometry}" for geometry in GEOMETRIES), "adapter-curve", "adapter-loading", "start")
+OTHER_PARTS = (
+    "kernels-0.5b",
+    *(f"adapters-{geometry}" for geometry in GEOMETRIES),
+    "adapter-curve",
+    "adapter-loading",
+    "start",
+)
+"""Those that run only when they are named."""
 TOGETHER = ("suite", "accuracy")
 """Parts that run beside each other: what the others time runs alone."""
 BUDGETS = {
-    "suite": 190,
-    "accuracy": 190,
-    "kernels": 130,
+    "suite": 140,
+    "accuracy": 140,
+    "kernels-7b": 200,
     "yardstick-7b": 150,
     "yardstick-0.5b": 100,
+    "kernels-0.5b": 200,
     "adapters-7b": 420,
     "adapters-0.5b": 200,
     "adapter-curve": 420,
@@ -65,55 +71,6 @@ BUDGETS = {
     "start": 500,
 }
 """Seconds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a command did."""
-
-    failures: list[str]
-    seconds: float
-    output: str
-
-
-class Runner:
-    """Runs commands of this repository until the part's time is over."""
-
-    def __init__(self, out: Path, budget: float) -> None:
-        self._out, self._end = out, time.monotonic() + budget
-
-    def python(self, name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> Result:
-        """Run Python with `arguments`; what it prints goes to `name`.log."""
-        start = time.monotonic()
-        environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"} | dict(env or {})
-        path = self._out / f"{name}.log"
-        with path.open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            # Workers of its own go with it.
-            timer = threading.Timer(max(self._end - start, 0), os.killpg, (process.pid, signal.SIGKILL))
-            timer.start()
-            code = process.wait()
-            timer.cancel()
-        output = path.read_text(errors="replace")
-        failures = [] if code == 0 else [f"{name}: {self._reason(code, output)} (see {path})"]
-        return Result(failures=failures, seconds=time.monotonic() - start, output=output)
-
-    def _reason(self, code: int, output: str) -> str:
-        if code == -signal.SIGKILL and time.monotonic() >= self._end:
-            return "stopped, its time was over"
-        lines = output.strip().splitlines() or ["no output"]
-        return f"exit status {code}: {lines[-1][:300]}"
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def check_suite(out: Path, budget: float) -> list[str]:
@@ -174,10 +131,11 @@ def check_accuracy(out: Path, budget: float) -> list[str]:
     return failed
 
 
-def check_kernels(out: Path, budget: float) -> list[str]:
+def check_kernels(geometry: str, out: Path, budget: float) -> list[str]:
     """Time the ops; a case that fails is a failure, one that an implementation does not support is none."""
-    path = out / "kernels.json"
-    result = Runner(out, budget).python("kernels", "kernels/bench.py", "--headline", "--out", path)
+    path = out / f"kernels_{geometry}.json"
+    options = ("--headline", "--geometry", geometry, "--out", path)
+    result = Runner(out, budget).python(path.stem, "kernels/bench.py", *options)
     print(result.output.rstrip(), flush=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     names = ("op", "implementation", "geometry", "dtype", "shape")
@@ -247,11 +205,13 @@ def main() -> None:
     """Run the parts and say what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON files and logs")
-    parser.add_argument("--part", choices=[*PARTS, *ADAPTER_PARTS, "all"], default="all")
+    parser.add_argument("--part", choices=[*PARTS, *OTHER_PARTS, "all"], default="all")
     parser.add_argument("--workload", type=Path, default=Path(__file__).parent / "workload.py")
     arguments = parser.parse_args()
     out, workload = arguments.out.resolve(), arguments.workload.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop_all)
 
     def yardstick(geometry: str, budget: float) -> list[str]:
         return check_yardstick(geometry, workload, out, budget)
@@ -259,13 +219,16 @@ def main() -> None:
     def adapters(geometry: str, budget: float) -> list[str]:
         return check_adapters(geometry, workload, out, budget)
 
+    def kernels(geometry: str, budget: float) -> list[str]:
+        return check_kernels(geometry, out, budget)
+
     def script(name: str, record: str, geometry: str, budget: float) -> list[str]:
         return check_script(name, record, geometry, workload, out, budget)
 
     checks: dict[str, Callable[[float], list[str]]] = {
         "suite": partial(check_suite, out),
         "accuracy": partial(check_accuracy, out),
-        "kernels": partial(check_kernels, out),
+        **{f"kernels-{geometry}": partial(kernels, geometry) for geometry in GEOMETRIES},
         **{f"yardstick-{geometry}": partial(yardstick, geometry) for geometry in GEOMETRIES},
         **{f"adapters-{geometry}": partial(adapters, geometry) for geometry in GEOMETRIES},
         "adapter-curve": partial(script, "adapter_curve", "adapter_curve", "0.5b"),
