@@ -42,6 +42,8 @@ from scripts.yardstick import ADAPTERS, format_text, metrics, table, with_adapte
 
 SHARES_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
 """For processes that run beside others."""
+UNTUNED = {"XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
+"""For processes whose products need not be fast: trying candidates out takes longer than the tests do."""
 MOST_TEST_PROCESSES = 12
 """A context on the GPU takes half a gigabyte, and their tests' arrays come on top."""
 GEOMETRIES = ("7b", "0.5b")
@@ -82,7 +84,7 @@ def check_suite(out: Path, budget: float) -> list[str]:
         *("-m", "pytest", *files, "-p", "no:cacheprovider", f"--junitxml={report}"),
         *("--numprocesses", str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES)), "--dist", "loadgroup"),
         *("-o", "minversion=8.0", "-o", "filterwarnings=default"),
-        env=SHARES_GPU | {"JAX_PLATFORMS": "cuda,cpu"},
+        env=SHARES_GPU | UNTUNED | {"JAX_PLATFORMS": "cuda,cpu"},
     )
     rows, failed = read_report(report, result)
     write_record(out / "suite.json", rows)
