@@ -15,6 +15,7 @@ These five are "all". The others run only when they are asked for, each longer t
 - adapters-7b, adapters-0.5b: `workload.py` with 32 adapters, beside vLLM and the goals; up to 420 and 200 s.
 - adapter-curve: `adapter_curve.py` for 0.5B; up to 420 s.
 - adapter-loading: `adapter_loading.py` for 7B; up to 300 s.
+- sampling: `sampling_time.py` for 0.5B; up to 150 s.
 - start: `start_time.py` for 7B, without and with adapters; up to 500 s.
 
 It needs no network. Each part has a budget and is stopped when that is spent: those of "all" are less than ten minutes
@@ -54,6 +55,7 @@ OTHER_PARTS = (
     *(f"adapters-{geometry}" for geometry in GEOMETRIES),
     "adapter-curve",
     "adapter-loading",
+    "sampling",
     "start",
 )
 """Those that run only when they are named."""
@@ -70,6 +72,7 @@ BUDGETS = {
     "adapters-0.5b": 200,
     "adapter-curve": 420,
     "adapter-loading": 300,
+    "sampling": 150,
     "start": 500,
 }
 """Seconds."""
@@ -178,10 +181,9 @@ def check_adapters(geometry: str, workload: Path, out: Path, budget: float) -> l
     return result.failures
 
 
-def check_script(script: str, record: str, geometry: str, workload: Path, out: Path, budget: float) -> list[str]:
+def check_script(script: str, record: str, options: Sequence[str | Path], out: Path, budget: float) -> list[str]:
     """Run a script of measurements that writes a record of its own, and show its rows."""
-    options = ("--geometry", geometry, "--workload", workload, "--out", out / f"{record}.json")
-    result = Runner(out, budget).python(record, f"scripts/{script}.py", *options)
+    result = Runner(out, budget).python(record, f"scripts/{script}.py", *options, "--out", out / f"{record}.json")
     print("\n".join(map(json.dumps, _json_lines(result.output))), flush=True)
     return result.failures
 
@@ -224,8 +226,8 @@ def main() -> None:
     def kernels(geometry: str, budget: float) -> list[str]:
         return check_kernels(geometry, out, budget)
 
-    def script(name: str, record: str, geometry: str, budget: float) -> list[str]:
-        return check_script(name, record, geometry, workload, out, budget)
+    def script(name: str, record: str, geometry: str, *options: str | Path) -> Callable[[float], list[str]]:
+        return partial(check_script, name, record, ("--geometry", geometry, *options), out)
 
     checks: dict[str, Callable[[float], list[str]]] = {
         "suite": partial(check_suite, out),
@@ -233,8 +235,9 @@ def main() -> None:
         **{f"kernels-{geometry}": partial(kernels, geometry) for geometry in GEOMETRIES},
         **{f"yardstick-{geometry}": partial(yardstick, geometry) for geometry in GEOMETRIES},
         **{f"adapters-{geometry}": partial(adapters, geometry) for geometry in GEOMETRIES},
-        "adapter-curve": partial(script, "adapter_curve", "adapter_curve", "0.5b"),
-        "adapter-loading": partial(script, "adapter_loading", "adapter_loading_7b", "7b"),
+        "adapter-curve": script("adapter_curve", "adapter_curve", "0.5b", "--workload", workload),
+        "adapter-loading": script("adapter_loading", "adapter_loading_7b", "7b", "--workload", workload),
+        "sampling": script("sampling_time", "sampling_0.5b", "0.5b"),
         "start": partial(check_start, "7b", out),
     }
     alone = [[name] for name in PARTS if name not in TOGETHER]
