@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 from qwen2_jax.lora_requests import AdapterRequest, LoRARequest, MergedLoRARequest, MergeOptions
 from qwen2_jax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
@@ -31,8 +31,7 @@ FinishReason = Literal["stop", "length", "abort", "repetition"]
 """Why an output ended: a stop condition, a length limit, the caller's abort, or a detected repetition."""
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
+class Logprob(NamedTuple):
     """The log-probability of one token at one position, from the raw logits."""
 
     logprob: float

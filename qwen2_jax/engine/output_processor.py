@@ -19,6 +19,7 @@ from qwen2_jax.types import (
     EmbeddingRequestOutput,
     FinishReason,
     FlatLogprobs,
+    Logprob,
     Logprobs,
     LogprobsOnePosition,
     RequestMetrics,
@@ -215,4 +216,4 @@ def _as_asked(positions: list, params: SamplingParams) -> Logprobs:
 def _with_text(position: LogprobsOnePosition, tokenizer: Tokenizer | None) -> LogprobsOnePosition:
     if tokenizer is None:
         return position
-    return {token: replace(entry, decoded_token=tokenizer.decode([token])) for token, entry in position.items()}
+    return {token: Logprob(entry.logprob, entry.rank, tokenizer.token_text(token)) for token, entry in position.items()}

@@ -85,17 +85,12 @@ def _logprobs(
     params = row.request.sampling_params
     if params is None or params.num_logprobs is None or not steps:
         return None
-    positions = []
-    for step in range(steps):
-        of_row = {name: array[step, index] for name, array in samples.items()}
-        position = {int(of_row["token_ids"]): Logprob(float(of_row["logprobs"]), int(of_row["ranks"]))}
-        if params.logprob_token_ids is not None:
-            for i, token in enumerate(params.logprob_token_ids):
-                position.setdefault(token, Logprob(float(of_row["chosen_logprobs"][i]), int(of_row["chosen_ranks"][i])))
-        else:
-            _add_top(position, of_row["top_ids"], of_row["top_logprobs"], params.num_logprobs)
-        positions.append(position)
-    return positions
+    of_row = {name: array[:steps, index] for name, array in samples.items()}
+    if params.logprob_token_ids is None:
+        return _positions(of_row, of_row["token_ids"].tolist(), *_top(of_row, params.num_logprobs))
+    count = len(params.logprob_token_ids)
+    chosen = (of_row[name][:, :count].tolist() for name in ("chosen_logprobs", "chosen_ranks"))
+    return _positions(of_row, of_row["token_ids"].tolist(), [params.logprob_token_ids] * steps, *chosen)
 
 
 def _prompt_logprobs(
@@ -105,16 +100,35 @@ def _prompt_logprobs(
     request, params = row.request, row.request.sampling_params
     if params is None or params.prompt_logprobs is None:
         return None
+    count = min(row.num_tokens, request.num_prompt_tokens - 1 - row.start)
+    if count <= 0:
+        return []
+    tokens = request.prompt_token_ids[row.start + 1 : row.start + 1 + count]
+    of_row = {name: array[start : start + count] for name, array in report.items()}
+    return _positions(of_row, tokens, *_top(of_row, params.prompt_logprobs))
+
+
+def _top(of_row: Mapping[str, np.ndarray], count: int) -> tuple[list[list[int]], list[list[float]], list[range]]:
+    """Return each position's `count` likeliest tokens with log-probabilities and ranks; -1 asks for all there are."""
+    tokens, logprobs = (of_row[name][:, : None if count == -1 else count] for name in ("top_ids", "top_logprobs"))
+    return tokens.tolist(), logprobs.tolist(), [range(1, tokens.shape[1] + 1)] * len(tokens)
+
+
+def _positions(
+    of_row: Mapping[str, np.ndarray],
+    tokens: Sequence[int],
+    other_tokens: Sequence[Sequence[int]],
+    other_logprobs: Sequence[Sequence[float]],
+    other_ranks: Sequence[Sequence[int]],
+) -> list[LogprobsOnePosition]:
+    """Return each position's own token with its `logprobs` and `ranks`, and the others behind it."""
     positions = []
-    for offset in range(min(row.num_tokens, request.num_prompt_tokens - 1 - row.start)):
-        index, token = start + offset, request.prompt_token_ids[row.start + offset + 1]
-        position = {token: Logprob(float(report["logprobs"][index]), int(report["ranks"][index]))}
-        _add_top(position, report["top_ids"][index], report["top_logprobs"][index], params.prompt_logprobs)
+    own = zip(tokens, of_row["logprobs"].tolist(), of_row["ranks"].tolist(), strict=True)
+    others = zip(other_tokens, other_logprobs, other_ranks, strict=True)
+    for (token, logprob, rank), of_others in zip(own, others, strict=True):
+        position = {token: Logprob(logprob, rank)}
+        for other, other_logprob, other_rank in zip(*of_others, strict=True):
+            if other != token:
+                position[other] = Logprob(other_logprob, other_rank)
         positions.append(position)
     return positions
-
-
-def _add_top(position: LogprobsOnePosition, ids: np.ndarray, logprobs: np.ndarray, count: int) -> None:
-    count = len(ids) if count == -1 else count
-    for rank, (token, logprob) in enumerate(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True), 1):
-        position.setdefault(token, Logprob(logprob, rank))

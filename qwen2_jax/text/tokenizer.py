@@ -53,6 +53,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys((*first, *eos_token_ids)))
         """All tokens that end an answer, `eos_token_id` first."""
         self._bytes_of_id: dict[int, bytes] = {}
+        self._text_of_id: dict[int, str] = {}
 
     @classmethod
     def from_dir(cls, folder: str | Path) -> Self:
@@ -151,6 +152,12 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of token ids; ids that no token has (a model's padding) add nothing."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token by itself, as log-probabilities show it."""
+        if token_id not in self._text_of_id:
+            self._text_of_id[token_id] = self.decode([token_id])
+        return self._text_of_id[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes that a token adds to the text; a part of a character, or none for an unknown id."""
