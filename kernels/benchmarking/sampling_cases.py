@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from qwen2_kernels import gumbel_argmax, token_ranks, top_k_threshold, top_p_threshold
+from qwen2_kernels import gumbel_argmax, token_ranks, top_k_threshold, top_k_top_p_threshold, top_p_threshold
 from qwen2_kernels.thresholds.api import TOP_K_IMPLEMENTATIONS
 
 from benchmarking.case import Case, Selection, after, noise, num_arrays, num_calls
@@ -18,14 +18,13 @@ TOP_K, TOP_P, SPREAD = 20, 0.8, 12.0
 
 
 def threshold_cases(selection: Selection) -> Iterator[Case]:
-    """Both cuts, of each number of rows."""
+    """Each cut, and both, of each number of rows."""
     for rows in ROWS:
         plain = jnp.ones(rows), jnp.full(rows, -jnp.inf)
-        for op, run, asked in (
-            ("top_k_threshold", top_k_threshold, jnp.full(rows, TOP_K, jnp.int32)),
-            ("top_p_threshold", top_p_threshold, jnp.full(rows, TOP_P)),
-        ):
-            yield from _cases(selection, op, rows, run, (asked, *plain))
+        k, p = jnp.full(rows, TOP_K, jnp.int32), jnp.full(rows, TOP_P)
+        yield from _cases(selection, "top_k_threshold", rows, top_k_threshold, (k, *plain))
+        yield from _cases(selection, "top_p_threshold", rows, top_p_threshold, (p, *plain))
+        yield from _cases(selection, "top_k_top_p_threshold", rows, top_k_top_p_threshold, (k, p, *plain))
 
 
 def gumbel_cases(selection: Selection) -> Iterator[Case]:

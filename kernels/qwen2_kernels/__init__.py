@@ -15,7 +15,7 @@ from qwen2_kernels.lora.linear_gated import lora_linear_gated
 from qwen2_kernels.norm_linear.api import norm_linear
 from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
-from qwen2_kernels.thresholds.api import top_k_threshold, top_p_threshold
+from qwen2_kernels.thresholds.api import top_k_threshold, top_k_top_p_threshold, top_p_threshold
 from qwen2_kernels.token_ranks.api import token_ranks
 from qwen2_kernels.write_kv.api import write_kv
 
@@ -36,6 +36,7 @@ __all__ = [
     "skips_padding",
     "token_ranks",
     "top_k_threshold",
+    "top_k_top_p_threshold",
     "top_p_threshold",
     "write_kv",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.models.ops import gumbel_argmax, token_ranks, top_k_threshold, top_p_threshold
+from qwen2_jax.models.ops import gumbel_argmax, token_ranks, top_k_top_p_threshold
 
 State = dict[str, Array]
 Rows = dict[str, Array]
@@ -173,7 +173,5 @@ def _threshold(logits: Array, rows: Rows) -> Array:
     temperature = jnp.where(is_random, rows["temperature"], 1.0)
     least = logits.max(axis=-1) * (1 / temperature) + jnp.log(rows["min_p"])
     floor = jnp.where(is_random & (rows["min_p"] > 0), least, -jnp.inf)
-    k = jnp.where(is_random, rows["top_k"], 0)
-    floor = jnp.maximum(floor, top_k_threshold(logits, k, temperature, floor))
-    p = jnp.where(is_random, rows["top_p"], 1.0)
-    return jnp.maximum(floor, top_p_threshold(logits, p, temperature, floor))
+    k, p = jnp.where(is_random, rows["top_k"], 0), jnp.where(is_random, rows["top_p"], 1.0)
+    return top_k_top_p_threshold(logits, k, p, temperature, floor)

@@ -177,18 +177,15 @@ def project_vocab(x: Float[Array, "T D"], embedding: Float[Array, "V D"]) -> Flo
     return sharded(island, (P(), P(TP)), P(None, TP))(x, embedding)
 
 
-def top_k_threshold(
-    logits: Float[Array, "R V"], k: Int[Array, " R"], temperature: Float[Array, " R"], floor: Float[Array, " R"]
+def top_k_top_p_threshold(
+    logits: Float[Array, "R V"],
+    k: Int[Array, " R"],
+    p: Float[Array, " R"],
+    temperature: Float[Array, " R"],
+    floor: Float[Array, " R"],
 ) -> Float[Array, " R"]:
-    """Return each row's k-th largest scaled logit, see `kernels.top_k_threshold`. Every device does the same."""
-    return _everywhere(kernels.top_k_threshold, logits, k, temperature, floor)
-
-
-def top_p_threshold(
-    logits: Float[Array, "R V"], p: Float[Array, " R"], temperature: Float[Array, " R"], floor: Float[Array, " R"]
-) -> Float[Array, " R"]:
-    """Return where top-p cuts each row, see `kernels.top_p_threshold`. Every device does the same."""
-    return _everywhere(kernels.top_p_threshold, logits, p, temperature, floor)
+    """Return where top-k and top-p cut each row, see `kernels.top_k_top_p_threshold`. Every device does the same."""
+    return _everywhere(kernels.top_k_top_p_threshold, logits, k, p, temperature, floor)
 
 
 def gumbel_argmax(

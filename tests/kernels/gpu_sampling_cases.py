@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from qwen2_kernels import gumbel_argmax, token_ranks, top_k_threshold, top_p_threshold
+from qwen2_kernels import gumbel_argmax, token_ranks, top_k_threshold, top_k_top_p_threshold, top_p_threshold
 from qwen2_kernels.gumbel_argmax.api import IMPLEMENTATIONS as GUMBEL
 from qwen2_kernels.specs import QWEN2_5
-from qwen2_kernels.thresholds.api import TOP_K_IMPLEMENTATIONS, TOP_P_IMPLEMENTATIONS
+from qwen2_kernels.thresholds.api import BOTH_IMPLEMENTATIONS, TOP_K_IMPLEMENTATIONS, TOP_P_IMPLEMENTATIONS
 from qwen2_kernels.token_ranks.api import IMPLEMENTATIONS as RANKS
 
 from tests.kernels.gpu_case import MAX_SEEDS, GpuCase, normal
@@ -27,6 +27,7 @@ def sampling_cases() -> Iterator[GpuCase]:
         for op, run, implementations, make, tolerance in (
             ("top_k_threshold", top_k_threshold, TOP_K_IMPLEMENTATIONS, make_k, 1e-6),
             ("top_p_threshold", top_p_threshold, TOP_P_IMPLEMENTATIONS, make_p, 0.003),
+            ("top_k_top_p_threshold", top_k_top_p_threshold, BOTH_IMPLEMENTATIONS, _cut_twice, 0.003),
             ("gumbel_argmax", gumbel_argmax, GUMBEL, _drawn, 0.0),
             ("token_ranks", token_ranks, RANKS, _ranked, 0.0),
         ):
@@ -55,6 +56,14 @@ def _cut(dtype: Any, low: float, high: float, nothing: int, rows: int, seed: int
     asked = jnp.where(is_padding, nothing, jnp.linspace(low, high, rows)).astype(dtype)
     floor = jnp.where(jnp.arange(rows) % 2 == 1, logits.max(axis=-1) / temperature - 8, -jnp.inf)
     return jnp.where(is_padding[:, None], jnp.nan, logits), asked, temperature, floor
+
+
+def _cut_twice(rows: int, seed: int) -> tuple[Array, ...]:
+    """Rows that keep few tokens and rows that keep many; of some, top-p or top-k asks for nothing."""
+    logits, p, temperature, floor = _cut(jnp.float32, 0.05, 0.95, 1, rows, seed)
+    k = jnp.asarray(np.resize([20, 0, 5000, 0, 50, 64, 1], rows), jnp.int32)
+    k = jnp.where(jnp.arange(rows) % 4 == 3, 0, k)
+    return logits, k, p.at[::5].set(1), temperature, floor
 
 
 def _drawn(rows: int, seed: int) -> tuple[Array, ...]:

@@ -1,5 +1,7 @@
 """The cuts that top-k and top-p make, exactly as sorting makes them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -9,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from qwen2_kernels import top_k_threshold, top_p_threshold
+from qwen2_kernels import top_k_threshold, top_k_top_p_threshold, top_p_threshold
 from qwen2_kernels.specs import QWEN2_5
+from qwen2_kernels.thresholds.triton_few import MOST_TILES, TILE
 from qwen2_kernels.thresholds.triton_thresholds import BLOCK
 
 from tests.kernels.interpreter import triton_interpreter
@@ -35,6 +38,13 @@ def _plainly(run: Any) -> Any:
         return run(jnp.asarray(logits), jnp.asarray(asked), jnp.ones(rows), jnp.full(rows, -INF), **options)
 
     return plain
+
+
+@contextmanager
+def eager_interpreter(implementation: str) -> Iterator[None]:
+    """Interpret Triton's kernels where they are in a conditional, too."""
+    with triton_interpreter(), jax.disable_jit() if implementation == "triton" else nullcontext():
+        yield
 
 
 plain_top_k, plain_top_p = _plainly(top_k_threshold), _plainly(top_p_threshold)
@@ -177,6 +187,45 @@ def test_rows_that_ask_for_nothing_are_not_looked_at(implementation: str) -> Non
         second = top_k_threshold(logits, jnp.asarray([2, 0, -1]), scale, floor, implementation=implementation)
         likeliest = top_p_threshold(logits, jnp.asarray([0.1, 1.0, 1.5]), scale, floor, implementation=implementation)
     assert second.tolist() == [2, -INF, -INF] and likeliest.tolist() == [3, -INF, -INF]
+    with eager_interpreter(implementation):
+        asked = jnp.asarray([2, 0, -1]), jnp.asarray([0.99, 1.0, 1.5])
+        both = top_k_top_p_threshold(logits, *asked, scale, floor, implementation=implementation)
+    assert both.tolist() == [2, -INF, -INF]
+
+
+@IMPLEMENTATIONS
+def test_top_p_is_of_what_top_k_leaves(implementation: str) -> None:
+    chances = [0.4, 0.3, 0.2, 0.1]
+    # Of 0.4 and 0.3, 0.4 is 57 %; of all four 40 %, and of those above the floor 44 %.
+    asked = [(2, 0.5, 0.4), (2, 0.6, 0.3), (0, 0.5, 0.3), (3, 1.0, 0.2), (0, 1.0, -INF), (0, 0.44, 0.4), (9, 0.9, 0.2)]
+    logits = jnp.log(jnp.asarray([chances] * len(asked)))
+    ks, ps, kept = (jnp.asarray(values) for values in zip(*asked, strict=True))
+    floor = jnp.where(jnp.arange(len(asked)) < 5, -INF, jnp.log(0.15))
+    with eager_interpreter(implementation):
+        cut = top_k_top_p_threshold(logits, ks, ps, jnp.ones(len(asked)), floor, implementation=implementation)
+    np.testing.assert_allclose(jnp.exp(cut), jnp.maximum(kept, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [50, 999, BLOCK, 2 * BLOCK + 809])
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_both_cuts_are_one_after_the_other(implementation: str, size: int) -> None:
+    """Of rows that keep few tokens, many, or all of them."""
+    arrays = _rows_of_every_kind(12, size)
+    with eager_interpreter(implementation):
+        cuts = top_k_top_p_threshold(*arrays, implementation=implementation)
+    np.testing.assert_array_equal(cuts, top_k_top_p_threshold(*arrays, implementation="reference"))
+
+
+@pytest.mark.parametrize("ties", [1, MOST_TILES - 8, MOST_TILES + 8])
+def test_ties_at_the_cut_are_all_kept(ties: int) -> None:
+    """As many tiles have them as a program holds, or more: then rows are searched as a whole."""
+    size = (MOST_TILES + 16) * TILE
+    logits = jnp.zeros((1, size)).at[0, : 4 * TILE : TILE].set(3).at[0, 5 * TILE : (5 + ties) * TILE : TILE].set(2)
+    for p in (1.0, 0.999):
+        arrays = logits, jnp.asarray([5]), jnp.asarray([p]), jnp.ones(1), jnp.full(1, -INF)
+        with eager_interpreter("triton"):
+            assert top_k_top_p_threshold(*arrays, implementation="triton").tolist() == [2]
+        assert top_k_top_p_threshold(*arrays, implementation="reference").tolist() == [2]
 
 
 @pytest.mark.slow
@@ -184,10 +233,14 @@ def test_rows_that_ask_for_nothing_are_not_looked_at(implementation: str) -> Non
 def test_compiles_for_an_h100(rows: int) -> None:
     logits = jax.ShapeDtypeStruct((rows, QWEN2_5["7b"].vocab_size), jnp.float32)
     numbers, ints = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32))
-    for run, asked in ((top_k_threshold, ints), (top_p_threshold, numbers)):
+    for run, asked, launches in (
+        (top_k_threshold, (ints,), 8),
+        (top_p_threshold, (numbers,), 8),
+        (top_k_top_p_threshold, (ints, numbers), 2 + 16),
+    ):
         with jax.sharding.use_abstract_mesh(H100):
-            text = jax.jit(run).trace(logits, asked, numbers, numbers).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("triton_kernel_call") == 8
+            lowered = jax.jit(run).trace(logits, *asked, numbers, numbers).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("triton_kernel_call") == launches
 
 
 def test_rows_do_not_look_at_each_other() -> None:

@@ -1,4 +1,4 @@
-"""`top_k_threshold` and `top_p_threshold`: the least logit of each row that top-k or top-p sampling keeps."""
+"""The least logit of each row that top-k sampling, top-p sampling, or one after the other keeps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +24,22 @@ def _top_p_triton(*arrays: Any) -> Array:
     return top_p_threshold_triton(*arrays)
 
 
+def _both_triton(*arrays: Any) -> Array:
+    from qwen2_kernels.thresholds.triton_few import top_k_top_p_threshold_triton
+
+    return top_k_top_p_threshold_triton(*arrays)
+
+
+def _one_after_the_other(top_k: Implementation, top_p: Implementation) -> Implementation:
+    """Return `top_k_top_p_threshold` made of two implementations."""
+
+    def both(logits: Array, k: Array, p: Array, temperature: Array, floor: Array) -> Array:
+        floor = jnp.maximum(floor, top_k(logits, k, temperature, floor))
+        return jnp.maximum(floor, top_p(logits, p, temperature, floor))
+
+    return both
+
+
 TOP_K_IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "reference": top_k_threshold_reference,
     "xla": top_k_threshold_xla,
@@ -33,6 +49,11 @@ TOP_P_IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "reference": top_p_threshold_reference,
     "xla": top_p_threshold_xla,
     "triton": _top_p_triton,
+}
+BOTH_IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "reference": _one_after_the_other(top_k_threshold_reference, top_p_threshold_reference),
+    "xla": _one_after_the_other(top_k_threshold_xla, top_p_threshold_xla),
+    "triton": _both_triton,
 }
 
 
@@ -85,6 +106,31 @@ def top_p_threshold(
     return _run("top_p_threshold", TOP_P_IMPLEMENTATIONS, implementation, logits, p, temperature, floor)
 
 
+def top_k_top_p_threshold(
+    logits: Float[Array, "R V"],
+    k: Int[Array, " R"],
+    p: Float[Array, " R"],
+    temperature: Float[Array, " R"],
+    floor: Float[Array, " R"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, " R"]:
+    """Return the least scaled logit of each row that `floor`, top-k and then top-p keep.
+
+    Args:
+        logits: float32, of which minus infinity has no probability.
+        k: see `top_k_threshold`.
+        p: see `top_p_threshold`; of the probability that top-k leaves.
+        temperature: more than 0 where `k` or `p` asks for something.
+        floor: see `top_p_threshold`.
+        implementation: see `top_k_threshold`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    return _run("top_k_top_p_threshold", BOTH_IMPLEMENTATIONS, implementation, logits, k, p, temperature, floor)
+
+
 def _run(
     op: str, implementations: Mapping[str, Implementation], implementation: str, logits: Array, *of_rows: Array
 ) -> Array:
@@ -92,6 +138,6 @@ def _run(
     fits = logits.ndim == 2 and all(array.shape == logits.shape[:1] for array in of_rows)
     if not fits or 0 in logits.shape or logits.dtype != jnp.float32:
         raise ValueError(f"{op}: logits {logits.shape} {logits.dtype} and {shapes} do not fit: use float32 [R, V]")
-    reason = "eight launches find four bits each, where XLA's loop takes 32 passes of four"
+    reason = "a few launches find what takes XLA's loop 32 passes of four kernels each"
     run = select(op, implementations, implementation, gpu="triton", elsewhere="xla", reason=reason)
     return run(logits, *of_rows)
