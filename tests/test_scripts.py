@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from benchmarking.record import make_record, write_record
 from qwen2_kernels.specs import QWEN2_5
 
+from qwen2_jax import SamplingParams
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.lora.files import WEIGHTS
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.models.weights import open_checkpoint
-from scripts import accuracy, check_golden, demo, workload, yardstick
+from scripts import accuracy, check_golden, demo, sampling_time, workload, yardstick
 from scripts.command_runner import Result, Runner
 from scripts.gpu_check import BUDGETS, OTHER_PARTS, PARTS, TOGETHER, read_report
 
@@ -177,6 +179,23 @@ def is_running(pid: int) -> bool:
     """Whether a process is there that has not ended; one that nobody has waited for is a zombie."""
     path = Path(f"/proc/{pid}/stat")
     return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("kind", sampling_time.KINDS)
+def test_a_steps_time_leaves_the_prompts_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = list[Any](), [0.0]
+
+    class Engine:
+        def generate(self, prompts: list[Any], params: SamplingParams, **_: Any) -> None:
+            asked.append((len(prompts), params))
+            assert params.max_tokens is not None
+            clock[0] += 0.5 + 0.003 * params.max_tokens
+
+    monkeypatch.setattr(sampling_time.time, "perf_counter", lambda: clock[0])
+    row = sampling_time.measure(Engine(), np.random.default_rng(0), 4, kind)  # pyright: ignore[reportArgumentType]
+    assert row == {"decode_batch": 4, "sampling": kind, "step_ms": 3.0}
+    assert {count for count, _ in asked} == {4}
+    assert all(params.temperature == sampling_time.KINDS[kind]["temperature"] for _, params in asked)
 
 
 def test_the_demo_shows_answers_side_by_side() -> None:
