@@ -24,7 +24,7 @@ from benchmarking.elementwise_cases import rms_norm_cases, write_kv_cases
 from benchmarking.linear_cases import linear_cases, norm_linear_cases
 from benchmarking.lora_cases import lora_cases
 from benchmarking.record import write_record
-from benchmarking.sampling_cases import gumbel_cases, rank_cases, threshold_cases
+from benchmarking.sampling_cases import gumbel_cases, rank_cases, threshold_cases, top_cases
 from benchmarking.timing import measure_limits, run_cases
 from qwen2_kernels import tuning
 from qwen2_kernels.specs import QWEN2_5
@@ -40,6 +40,7 @@ OPS: dict[str, Callable[[Selection], Iterator[Case]]] = {
     "thresholds": threshold_cases,
     "gumbel_argmax": gumbel_cases,
     "token_ranks": rank_cases,
+    "top_logits": top_cases,
 }
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from qwen2_kernels import gumbel_argmax, token_ranks, top_k_threshold, top_k_top_p_threshold, top_p_threshold
+from qwen2_kernels import (
+    gumbel_argmax,
+    token_ranks,
+    top_k_threshold,
+    top_k_top_p_threshold,
+    top_logits,
+    top_p_threshold,
+)
 from qwen2_kernels.thresholds.api import TOP_K_IMPLEMENTATIONS
 
 from benchmarking.case import Case, Selection, after, noise, num_arrays, num_calls
@@ -43,6 +50,17 @@ def rank_cases(selection: Selection) -> Iterator[Case]:
         for count in (1, 129):
             asked = jnp.where(jnp.arange(129) < count, jnp.tile(tokens, (rows, 1)), -1)
             yield from _cases(selection, "token_ranks", rows, token_ranks, (asked,), f", {count} tokens")
+
+
+def top_cases(selection: Selection) -> Iterator[Case]:
+    """As many log-probabilities as a request may ask for by default."""
+
+    def run(logits: Array, is_wanted: Array, **options: Any) -> Array:
+        values, _, log_sum = top_logits(logits, is_wanted, count=20, **options)
+        return values - values[:, :1] - log_sum[:, None]
+
+    for rows in ROWS:
+        yield from _cases(selection, "top_logits", rows, run, (jnp.ones(rows, bool),))
 
 
 def _cases(

@@ -17,6 +17,7 @@ from qwen2_kernels.paged_attention.api import paged_attention
 from qwen2_kernels.rms_norm.api import rms_norm
 from qwen2_kernels.thresholds.api import top_k_threshold, top_k_top_p_threshold, top_p_threshold
 from qwen2_kernels.token_ranks.api import token_ranks
+from qwen2_kernels.top_logits.api import top_logits
 from qwen2_kernels.write_kv.api import write_kv
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "token_ranks",
     "top_k_threshold",
     "top_k_top_p_threshold",
+    "top_logits",
     "top_p_threshold",
     "write_kv",
 ]

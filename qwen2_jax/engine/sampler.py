@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from qwen2_jax.models.ops import gumbel_argmax, token_ranks, top_k_top_p_threshold
+from qwen2_jax.models.ops import gumbel_argmax, token_ranks, top_k_top_p_threshold, top_logits
 
 State = dict[str, Array]
 Rows = dict[str, Array]
-_CHUNK = 128
-"""Values of a row that `likeliest_few` looks at together."""
 
 
 def sample(logits: Float[Array, "R V"], rows: Rows, state: State, max_logprobs: int) -> dict[str, Array]:
@@ -66,24 +64,6 @@ def likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def likeliest_few(values: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """Return what `jax.lax.top_k` does for `count` values, equal ones in their order, without sorting rows as a whole.
-
-    A value that is among the K largest lies in one of the K chunks that have the largest values: where it did not, each
-    of those would have a larger one, or an equal one before it.
-    """
-    rows, size = values.shape
-    chunks = -(-size // _CHUNK)
-    if chunks <= count:
-        return jax.lax.top_k(values, count)
-    padding = ((0, 0), (0, chunks * _CHUNK - size))
-    chunked = jnp.pad(values, padding, constant_values=-jnp.inf).reshape(rows, chunks, _CHUNK)
-    best = jnp.sort(jax.lax.top_k(chunked.max(axis=-1), count)[1], axis=-1)
-    candidates = jnp.take_along_axis(chunked, best[:, :, None], axis=1).reshape(rows, -1)
-    found, places = jax.lax.top_k(candidates, count)
-    return found, jnp.take_along_axis(best, places // _CHUNK, axis=1) * _CHUNK + places % _CHUNK
-
-
 def empty_samples(rows: int, max_logprobs: int, chosen: int) -> dict[str, Array]:
     """Return what `sample` returns, all zeros."""
     return {
@@ -104,17 +84,17 @@ def logprobs_of(
 
     A token of -1 has rank 0, and a log-probability that means nothing.
     """
-    largest = logits.max(axis=-1, keepdims=True)
-    log_total = jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
+    is_wanted = (token_ids >= 0) | (chosen >= 0).any(axis=-1)
+    top, top_ids, log_sum = top_logits(logits, is_wanted, max(max_logprobs, 1))  # the largest in any case
     asked = jnp.concatenate([token_ids[:, None], chosen], axis=1)
-    logprobs = jnp.take_along_axis(logits, jnp.maximum(asked, 0), axis=-1) - largest - log_total
-    top_logits, top_ids = likeliest_few(logits, max_logprobs)
+    given = jnp.take_along_axis(logits, jnp.maximum(asked, 0), axis=-1)
+    logprobs, top_logprobs = (x - top[:, :1] - log_sum[:, None] for x in (given, top))
     ranks = token_ranks(logits, asked)
     return {
         "logprobs": logprobs[:, 0],
         "ranks": ranks[:, 0],
-        "top_logprobs": top_logits - largest - log_total,
-        "top_ids": top_ids.astype(jnp.int32),
+        "top_logprobs": top_logprobs[:, :max_logprobs],
+        "top_ids": top_ids[:, :max_logprobs],
         "chosen_logprobs": logprobs[:, 1:],
         "chosen_ranks": ranks[:, 1:],
     }

@@ -5,6 +5,7 @@ A kernel that XLA cannot look into has no sharding rule; inside the island it se
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import qwen2_kernels as kernels
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from qwen2_jax.models.batch import StepBatch
 from qwen2_jax.parallel import TP
@@ -203,6 +204,14 @@ def gumbel_argmax(
 def token_ranks(logits: Float[Array, "R V"], token_ids: Int[Array, "R C"]) -> Int[Array, "R C"]:
     """Return where tokens stand among all of their row's, see `kernels.token_ranks`. Every device does the same."""
     return _everywhere(kernels.token_ranks, logits, token_ids)
+
+
+def top_logits(
+    logits: Float[Array, "R V"], is_wanted: Bool[Array, " R"], count: int
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"], Float[Array, " R"]]:
+    """Return each row's likeliest tokens, see `kernels.top_logits`. Every device does the same."""
+    run = sharded(partial(kernels.top_logits, count=count), (P(), P()), (P(), P(), P()))
+    return run(logits, is_wanted)
 
 
 def _everywhere(op: Callable[..., Array], *arrays: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from qwen2_jax.engine.sampler import empty_samples, likeliest_few, sample
+from qwen2_jax.engine.sampler import empty_samples, sample
 from tests.engine.sampling import MAX_LOGPROBS, VOCAB, Batch, Row, draw_logits, probabilities, processed
 
 SAMPLES = 4000
@@ -149,18 +149,3 @@ def test_outputs_have_the_shapes_of_empty_samples(max_logprobs: int) -> None:
     empty = empty_samples(2, max_logprobs, state["logprob_token_ids"].shape[1])
     assert jax.tree.map(lambda a: (a.shape, a.dtype), out) == jax.tree.map(lambda a: (a.shape, a.dtype), empty)
     assert out["top_ids"].tolist() == np.argsort(-logits, axis=1)[:, :max_logprobs].tolist()
-
-
-@pytest.mark.parametrize("size, count", [(40, 5), (640, 5), (641, 5), (5000, 1), (5000, 20), (20_000, 20)])
-def test_the_likeliest_few_are_those_of_a_sorted_row(size: int, count: int) -> None:
-    """With few distinct values, so that the order of equal ones shows, and rows that forbid nearly everything."""
-    rng = np.random.default_rng(size + count)
-    values = rng.integers(-6, 3, (6, size)).astype(np.float32)
-    values[1, 3:] = -np.inf
-    values[2] = -np.inf
-    values[3] = 1
-    values[4] = np.where(np.arange(size) < size - 2, -np.inf, 1)
-    values[5] = rng.standard_normal(size)
-    found = jax.jit(likeliest_few, static_argnums=1)(values, count)
-    for one, other in zip(found, jax.lax.top_k(values, count), strict=True):
-        np.testing.assert_array_equal(one, other)

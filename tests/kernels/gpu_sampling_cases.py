@@ -7,11 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from qwen2_kernels import gumbel_argmax, token_ranks, top_k_threshold, top_k_top_p_threshold, top_p_threshold
+from qwen2_kernels import (
+    gumbel_argmax,
+    token_ranks,
+    top_k_threshold,
+    top_k_top_p_threshold,
+    top_logits,
+    top_p_threshold,
+)
 from qwen2_kernels.gumbel_argmax.api import IMPLEMENTATIONS as GUMBEL
 from qwen2_kernels.specs import QWEN2_5
 from qwen2_kernels.thresholds.api import BOTH_IMPLEMENTATIONS, TOP_K_IMPLEMENTATIONS, TOP_P_IMPLEMENTATIONS
 from qwen2_kernels.token_ranks.api import IMPLEMENTATIONS as RANKS
+from qwen2_kernels.top_logits.api import IMPLEMENTATIONS as TOP
 
 from tests.kernels.gpu_case import MAX_SEEDS, GpuCase, normal
 
@@ -30,6 +38,7 @@ def sampling_cases() -> Iterator[GpuCase]:
             ("top_k_top_p_threshold", top_k_top_p_threshold, BOTH_IMPLEMENTATIONS, _cut_twice, 0.003),
             ("gumbel_argmax", gumbel_argmax, GUMBEL, _drawn, 0.0),
             ("token_ranks", token_ranks, RANKS, _ranked, 0.0),
+            ("top_logits", partial(top_logits, count=20), TOP, _listed, 1e-5),
         ):
             for implementation in sorted(implementations.keys() - {"reference"}):
                 yield GpuCase(
@@ -83,3 +92,8 @@ def _ranked(rows: int, seed: int) -> tuple[Array, ...]:
     tokens[1::3, 1:] = -1
     tokens[2::3] = -1
     return logits, jnp.asarray(tokens)
+
+
+def _listed(rows: int, seed: int) -> tuple[Array, ...]:
+    """Rows with ties, which are in order; some rows are not wanted."""
+    return jnp.round(_logits(rows, seed), 2), jnp.arange(rows) % 5 != 4

@@ -13,6 +13,7 @@ import triton.language as tl
 from jax import Array
 
 from qwen2_kernels.launch import triton_call
+from qwen2_kernels.ordered_keys import as_float, largest, ordered
 from qwen2_kernels.thresholds.triton_thresholds import top_k_threshold_triton, top_p_threshold_triton
 
 TILE = 128
@@ -21,32 +22,6 @@ PROGRAM_TILES = 32
 """Tiles of one program of the first launch."""
 MOST_TILES = 64
 """Tiles whose logits the second launch's program holds in registers."""
-
-
-@triton.jit
-def _ordered(x):
-    """Return keys that order like the numbers."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-
-
-@triton.jit
-def _as_float(key):
-    """Return the number of a key."""
-    bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.uint32)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _largest(keys, weights, target):
-    """Return the largest key from which on the weights add up to `target`."""
-    found, bit = tl.full((), 0, tl.uint32), tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        candidate = found | bit
-        reached = tl.sum(tl.where(keys >= candidate, weights, 0.0))
-        found = tl.where(reached >= target, candidate, found)
-        bit = bit >> 1
-    return found
 
 
 @triton.jit
@@ -95,11 +70,11 @@ def few_kernel(
         tiles = tl.arange(0, TILES_P)
         inside = tiles < TILES
         maxima = tl.load(maxima_ptr + row * TILES + tiles, mask=inside, other=float("-inf")) * scale
-        bounds = _ordered(maxima)
+        bounds = ordered(maxima)
         target = k.to(tl.float32)
-        least = _largest(bounds, inside.to(tl.float32), target)
+        least = largest(bounds, inside.to(tl.float32), target)
         # What is minus infinity, or below the floor, is cut already.
-        least_floor = tl.maximum(_ordered(floor), tl.full((), 0x00800000, tl.uint32))
+        least_floor = tl.maximum(ordered(floor), tl.full((), 0x00800000, tl.uint32))
         is_candidate = inside & (bounds >= tl.maximum(least, least_floor))
         count = tl.sum(is_candidate.to(tl.int32))
         if count <= MOST:
@@ -112,13 +87,13 @@ def few_kernel(
             is_token = (few < count)[:, None] & (columns < SIZE)
             cells = logits_ptr + row.to(tl.int64) * SIZE + columns
             logits = tl.load(cells, mask=is_token, other=float("-inf")) * scale
-            keys = _ordered(logits)
-            cut = tl.maximum(_largest(keys, is_token.to(tl.float32), target), _ordered(floor))
+            keys = ordered(logits)
+            cut = tl.maximum(largest(keys, is_token.to(tl.float32), target), ordered(floor))
             p = tl.load(p_ptr + row)
             if p < 1:
                 weights = tl.where(keys >= cut, tl.exp(logits - tl.max(maxima, 0)), 0.0)
-                cut = tl.maximum(_largest(keys, weights, p * tl.sum(weights)), cut)
-            tl.store(threshold_ptr + row, _as_float(cut))
+                cut = tl.maximum(largest(keys, weights, p * tl.sum(weights)), cut)
+            tl.store(threshold_ptr + row, as_float(cut))
     tl.store(is_found_ptr + row, (count <= MOST).to(tl.int32))
 
 
