@@ -34,7 +34,11 @@ WITH_VECTORS = "_lora_vectors"
 
 
 _CONCURRENT_ROWS = 32
-"""Up to so many rows, the adapters' first products run beside the model's own; those of more fill the GPU alone."""
+"""Up to so many rows, the adapters' first products run beside the model's own; those of more fill the GPU alone.
+
+In greedy calls, whose results were compared with the serial build's bit for bit; sampled ones, whose graphs have loops
+and conditionals, were not.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ class ProgramTable:
                 matmul_precision=self.matmul_precision,
                 as_graph=tokens is None,
                 has_loop_in_graph=name == "decode",
-                is_concurrent=bool(banks) and rows <= _CONCURRENT_ROWS,
+                is_concurrent=bool(banks) and name == "decode_greedy" and rows <= _CONCURRENT_ROWS,
             )
 
         specs = {(name, bucket): spec(partial(function, **sizes), layout(*lead, width))}

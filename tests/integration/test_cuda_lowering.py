@@ -113,6 +113,17 @@ def test_what_a_worker_lowers_is_the_step() -> None:
         assert donations(text) == donations(own.as_text()) > 0
 
 
+def test_only_what_was_compared_bit_for_bit_runs_concurrently() -> None:
+    """That is greedy calls of few rows with adapters; loops are in the graph where the host would wait for a count."""
+    specs = abstract_programs(step_facts(MODEL, lora=LORA, max_model_len=2048, max_num_seqs=64), MESH)
+    concurrent = {key for key, spec in specs.items() if spec.is_concurrent}
+    assert {name for name, _ in concurrent} == {"decode_greedy_lora"}
+    assert max(rows for _, rows in concurrent) == 32
+    loops = {name for (name, _), spec in specs.items() if spec.has_loop_in_graph}
+    assert loops == {"decode", "decode_lora"}
+    assert all(spec.as_graph for spec in specs.values() if spec.is_concurrent or spec.has_loop_in_graph)
+
+
 def test_a_worker_says_what_it_cannot_lower() -> None:
     facts = step_facts(MODEL, max_model_len=2048)
     unknown, known = LoweringWorker().work(facts, MESH, [("decode", 7), ("set_token_ids", 0)])
