@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from qwen2_kernels import top_k_threshold, top_k_top_p_threshold, top_p_threshold
 from qwen2_kernels.specs import QWEN2_5
+from qwen2_kernels.thresholds import triton_few
 from qwen2_kernels.thresholds.triton_few import MOST_TILES, TILE
 from qwen2_kernels.thresholds.triton_thresholds import BLOCK
 
@@ -214,6 +215,22 @@ def test_both_cuts_are_one_after_the_other(implementation: str, size: int) -> No
     with eager_interpreter(implementation):
         cuts = top_k_top_p_threshold(*arrays, implementation=implementation)
     np.testing.assert_array_equal(cuts, top_k_top_p_threshold(*arrays, implementation="reference"))
+
+
+def test_rows_that_keep_few_are_not_searched_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are those that ask for nothing; one row with top-p alone is."""
+
+    def refuse(*_: Any) -> jax.Array:
+        raise AssertionError("searched as a whole")
+
+    monkeypatch.setattr(triton_few, "top_k_threshold_triton", refuse)
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2 * BLOCK)), jnp.float32)
+    k, p, rest = jnp.asarray([20, 0, 64]), jnp.asarray([0.8, 1.0, 1.0]), (jnp.ones(3), jnp.full(3, -INF))
+    with eager_interpreter("triton"):
+        cuts = top_k_top_p_threshold(logits, k, p, *rest, implementation="triton")
+        with pytest.raises(AssertionError, match="searched as a whole"):
+            top_k_top_p_threshold(logits, k, p.at[1].set(0.5), *rest, implementation="triton")
+    np.testing.assert_array_equal(cuts, top_k_top_p_threshold(logits, k, p, *rest, implementation="reference"))
 
 
 @pytest.mark.parametrize("ties", [1, MOST_TILES - 8, MOST_TILES + 8])

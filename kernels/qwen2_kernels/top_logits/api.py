@@ -52,7 +52,8 @@ def top_logits(
         )
     if not 1 <= count <= logits.shape[1]:
         raise ValueError(f"top_logits: count={count} is not one of 1 to {logits.shape[1]}, the number of logits")
-    gpu = "triton" if count <= MOST else "xla"
-    reason = f"two launches read the logits once for up to {MOST} of a row, where XLA reads them four times and sorts"
+    gpu, reason = "triton", "two launches read the logits once, where XLA reads them four times and sorts"
+    if count > MOST:
+        gpu, reason = "xla", f"{count} logits of a row are more than the {MOST} that the Triton kernel finds"
     run = select("top_logits", IMPLEMENTATIONS, implementation, gpu=gpu, elsewhere="xla", reason=reason)
     return run(logits, is_wanted, count=count)
