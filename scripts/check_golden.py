@@ -53,11 +53,12 @@ def read_case(case: str) -> tuple[Path, list[Prompt]]:
     if parent != ADAPTERS:
         return GOLDEN / case, read_prompts(GOLDEN / case)
     known = json.loads((GOLDEN / ADAPTERS / "manifest.json").read_text())["cases"]
-    names = [name.removeprefix(f"{base}/") for name in known if name.startswith(f"{base}/")]
+    # Without a gap between tokens it is a classifier, which has no text.
+    names = [name for name, facts in known.items() if name.startswith(f"{base}/") and "smallest_gap" in facts]
     prompts = []
     for index, name in enumerate(names):
-        folder = GOLDEN / ADAPTERS / base / name
-        prompts += read_prompts(folder, LoRARequest(name, index + 1, str(folder)))
+        folder = GOLDEN / ADAPTERS / name
+        prompts += read_prompts(folder, LoRARequest(folder.name, index + 1, str(folder)))
     return GOLDEN / base, prompts
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("qwen2_jax.lora", "qwen2_jax.cache.kv_cache"),
     ("qwen2_jax.models",),
     ("qwen2_jax.cache", "qwen2_jax.text"),
-    ("qwen2_jax.parallel", "qwen2_kernels"),
+    ("qwen2_jax.parallel", "qwen2_jax.xla_options", "qwen2_kernels"),
     ("qwen2_jax.config",),
     ("qwen2_jax.sampling_params", "qwen2_jax.types", "qwen2_jax.lora_requests", "qwen2_jax.request_checks"),
     ("qwen2_jax.errors", "qwen2_jax"),

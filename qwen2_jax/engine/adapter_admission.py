@@ -2,7 +2,7 @@
 
 from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import AdapterGate
-from qwen2_jax.lora.entry import Admission
+from qwen2_jax.lora.entry import AdapterEntry, Admission
 
 MAX_PASSED = 64
 """Requests with other adapters that may start before one whose adapter finds no room."""
@@ -14,24 +14,33 @@ class AdapterAdmission:
     def __init__(self, gate: AdapterGate | None) -> None:
         """Without a gate no request has an adapter."""
         self._gate = gate
+        self._absent: dict[AdapterEntry, Admission] = {}
         self._crowded_out: list[Request] = []
+        self._gives_way = False
 
     def begin(self) -> None:
         """Begin to look at the waiting requests, from the first on."""
-        self._crowded_out = []
+        self._absent, self._crowded_out, self._gives_way = {}, [], False
 
     def acquire(self, request: Request) -> Admission:
         """Keep the request's adapter on the device, unless one that adapters in use crowd out has waited long enough.
 
-        Who comes later would only prolong the use of theirs.
+        Who comes later would only prolong the use of theirs. An adapter that is not there for one request is not there
+        for the others that wait for it either: thousands of them cost little.
         """
-        if request.adapter is None or self._gate is None:
+        adapter = request.adapter
+        if adapter is None or self._gate is None:
             return Admission.READY
-        if any(other.num_passed >= MAX_PASSED for other in self._crowded_out):
+        if self._gives_way:
             return Admission.FULL
-        admission = self._gate.acquire(request.adapter)
+        if adapter in self._absent:
+            return self._absent[adapter]
+        admission = self._gate.acquire(adapter)
         if admission is Admission.FULL:
             self._crowded_out.append(request)
+            self._gives_way = request.num_passed >= MAX_PASSED
+        if admission in (Admission.FULL, Admission.LOADING):
+            self._absent[adapter] = admission
         return admission
 
     def note_start(self, request: Request) -> None:
@@ -39,6 +48,7 @@ class AdapterAdmission:
         if request.adapter is not None:
             for other in self._crowded_out:
                 other.num_passed += 1
+                self._gives_way |= other.num_passed >= MAX_PASSED
 
     def release(self, request: Request) -> None:
         """Let go of the adapter of a request that no longer runs."""

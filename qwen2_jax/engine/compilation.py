@@ -1,7 +1,5 @@
 """Compiles the device programs ahead of time, in parallel, and counts what is compiled after that."""
 
-import functools
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,35 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.step_inputs import Layout
-from qwen2_jax.parallel import replicated
-
-logger = logging.getLogger(__name__)
+from qwen2_jax.xla_options import compiler_options, gpu_options, is_gpu
 
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_GPU_OPTIONS: dict[str, bool | int | str] = {
-    # Its autotuning takes a third of the start, and what it finds is slower here than cuBLAS.
-    "xla_gpu_enable_triton_gemm": False,
-    # Time cuBLAS's candidates, without comparing their results with one another's.
-    "xla_gpu_autotune_level": 1,
-}
-_EXPERIMENTAL_OPTIONS = {
-    # It compiles each fusion on its own to choose between emitters, which is almost half of the compilation.
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-}
-"""Left out where XLA does not know them, as another version may."""
-_NO_GRAPH = {"xla_gpu_graph_min_graph_size": 2**30}
-_CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-_WITH_LOOP = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-}
-"""XLA's own list, and loops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,30 +54,10 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
         with _LOWERING:
             lowered = jitted.lower(*spec.arguments)
-        if not _is_gpu(mesh):
-            return lowered.compile()
-        graph = (_CONCURRENT if spec.is_concurrent else {}) | (_WITH_LOOP if spec.has_loop_in_graph else {})
-        return lowered.compile(_gpu_options(mesh) | (graph if spec.as_graph else _NO_GRAPH))
-
-
-def _is_gpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "gpu"
-
-
-@functools.cache
-def _gpu_options(mesh: Mesh) -> dict[str, bool | int | str]:
-    """Return the options for every program, for the GPUs of `mesh`."""
-    known = dict(_GPU_OPTIONS)
-    smallest = jax.jit(lambda: jnp.zeros(()), out_shardings=replicated(mesh)).lower()
-    for name, value in _EXPERIMENTAL_OPTIONS.items():
-        try:
-            smallest.compile({name: value})
-            known[name] = value
-        except jax.errors.JaxRuntimeError as error:
-            if f"No such compile option: '{name}'" not in str(error):
-                raise
-            logger.info("this version of XLA does not know the option %s", name)
-    return known
+        options = compiler_options(
+            mesh, as_graph=spec.as_graph, has_loop=spec.has_loop_in_graph, is_concurrent=spec.is_concurrent
+        )
+        return lowered.compile(options)
 
 
 def compile_programs[K](
@@ -117,8 +75,8 @@ def compile_programs[K](
 
     What JAX's own cache gave is not kept a second time: such a program, serialised again, may load and then not run.
     """
-    if _is_gpu(mesh):
-        _gpu_options(mesh)  # which compiles: what JAX's cache gives it is not to be taken for one of the programs
+    if is_gpu(mesh):
+        gpu_options(mesh)  # which compiles: what JAX's cache gives it is not to be taken for one of the programs
     from_jax = threading.local()
 
     def note_hit(event: str, **_: Any) -> None:

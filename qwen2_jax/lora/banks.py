@@ -23,6 +23,7 @@ from qwen2_jax.models.adapters import (
     init_banks,
 )
 from qwen2_jax.parallel import TP, out_sharding
+from qwen2_jax.xla_options import compiler_options
 
 Layers = tuple[LayerBanks, ...]
 Placed = dict[str, Any]
@@ -67,16 +68,21 @@ class DeviceBanks:
         self._num_layers = config.num_hidden_layers
 
     def compile(self) -> None:
-        """Compile the writing programs, of one layer each: all layers are alike."""
+        """Compile the writing programs, of one layer each: all layers are alike.
+
+        None is a CUDA graph: its buffers would be others at each launch, and the host would wait for the steps before.
+        """
         layer = jax.tree.map(_spec, self.banks[0])
         index, shardings = self._struct((), jnp.int32, P()), jax.tree.map(lambda leaf: leaf.sharding, layer)
         pages = self._struct((self._max_pages,), jnp.int32, P())
+        options = compiler_options(self._mesh)
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
             write_page = jax.jit(_write_page, donate_argnums=0, out_shardings=shardings)
-            self._write_page = write_page.lower(layer, index, index, self._page_structs()).compile()
+            self._write_page = write_page.lower(layer, index, index, self._page_structs()).compile(options)
             write = jax.jit(_write_vectors, donate_argnums=0, out_shardings=shardings)
             weights = jax.tree.map(_spec, self._weights[0])
-            self._write_vectors = write.lower(layer, weights, pages, index, index, self._vector_structs()).compile()
+            lowered = write.lower(layer, weights, pages, index, index, self._vector_structs())
+            self._write_vectors = lowered.compile(options)
 
     def place_page(self, page: Page) -> Placed:
         """Start to copy a page to the devices; nothing waits for it until it is written."""

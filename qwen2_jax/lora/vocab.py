@@ -20,6 +20,7 @@ from qwen2_jax.lora.banks import row_norms
 from qwen2_jax.models.adapters import RANKS
 from qwen2_jax.models.vocab_adapters import VocabBanks, init_vocab_banks, vocab_bank_shapes, vocab_bank_specs
 from qwen2_jax.parallel import TP
+from qwen2_jax.xla_options import compiler_options
 
 PAGED = ("embed_a", "embed_b", "select", "head_a", "head_b")
 FULL = ("full_embed", "full_head")
@@ -162,7 +163,8 @@ class DeviceVocabBanks:
             self.banks: VocabBanks = jax.jit(partial(init_vocab_banks, shapes, dtype), out_shardings=shardings)()
 
     def compile(self) -> None:
-        """Compile the writing programs."""
+        """Compile the writing programs; as `DeviceBanks.compile` says, none is a CUDA graph."""
+        options = compiler_options(self._mesh)
         banks = {name: getattr(self.banks, name) for name in (*PAGED, *FULL)}
         index = self._struct((), jnp.int32, P())
         self._write = {}
@@ -170,7 +172,7 @@ class DeviceVocabBanks:
             for name, bank in banks.items():
                 row = jax.ShapeDtypeStruct(bank.shape[1:], bank.dtype, sharding=self._row_sharding(name))
                 write = jax.jit(_set_row, donate_argnums=0, out_shardings=bank.sharding)
-                self._write[name] = write.lower(bank, index, row).compile() if bank.shape[0] else None
+                self._write[name] = write.lower(bank, index, row).compile(options) if bank.shape[0] else None
             if not self.banks.head_bias.shape[0]:
                 return
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.banks)
@@ -181,7 +183,8 @@ class DeviceVocabBanks:
                 for name in VECTORS
             }
             weights = (self._embedding, self._head)
-            self._write_vectors = write_vectors.lower(self.banks, *weights, pages, index, vectors).compile()
+            lowered = write_vectors.lower(self.banks, *weights, pages, index, vectors)
+            self._write_vectors = lowered.compile(options)
 
     def place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         """Start to copy rows of the banks, by their names, to the devices."""
