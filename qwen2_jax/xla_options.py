@@ -44,8 +44,8 @@ def compiler_options(
 
     `as_graph` makes a CUDA graph of its kernels, which saves the host a launch for each. But a graph whose buffers have
     moved is brought up to date first, and the host waits until what is under way of it is done: for programs whose
-    buffers stay where they are. `has_loop` makes its loop a node of that graph, `is_concurrent` lets kernels that do not
-    need one another run beside one another.
+    buffers stay where they are. `has_loop` makes its loop a node of that graph, and `is_concurrent` lets kernels that
+    do not need one another run beside one another.
     """
     if not is_gpu(mesh):
         return None

@@ -5,10 +5,13 @@
 Weights are random. The adapters share one file of weights (rank 16, all seven projections) and differ in `lora_alpha`,
 so that each is another adapter with places of its own. "batch": decode steps of `--rows` rows with that many distinct
 adapters. "registered": requests whose adapters are drawn by Zipf's law from that many, of which the device holds
-`--max-loras` and the host `--max-cpu-loras`; the rest is read from disk again.
+`--max-loras` and the host `--max-cpu-loras`; the rest is read from disk again. Each number twice: "first", with
+adapters that nobody has asked for yet, all of which `generate` reads and checks before it starts, and "again", drawn
+anew, when most of them are known.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -24,6 +27,7 @@ from scripts.adapters_workload import draw_prompts, generate, load_workload, sta
 DISTINCT = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 REGISTERED = (1, 8, 64, 500, 2000)
 REQUESTS, NEW_TOKENS, ZIPF = 2048, 64, 1.1
+TURNS = ("first", "again")
 PROMPT, STEPS, SAMPLES = 64, 256, 3
 """With fewer steps, what the host takes now and then for a batch's start hides a step's time."""
 
@@ -45,15 +49,15 @@ def measure_batch(llm: LLM, requests: list[LoRARequest], distinct: int, rows: in
     return {"kind": "batch", "adapters": distinct, "step_ms": round(step * 1e3, 3), "tokens/s": round(rows / step, 1)}
 
 
-def measure_registered(llm: LLM, requests: list[LoRARequest], registered: int) -> dict[str, Any]:
-    """Serve requests whose adapters are drawn by Zipf's law from the first `registered`."""
-    rng = np.random.default_rng(registered)
+def measure_registered(llm: LLM, requests: list[LoRARequest], registered: int, turn: str) -> dict[str, Any]:
+    """Serve requests whose adapters are drawn by Zipf's law from the first `registered`; `turn` is one of `TURNS`."""
+    rng = np.random.default_rng((registered, TURNS.index(turn)))
     shares = 1 / np.arange(1, registered + 1) ** ZIPF
     drawn = rng.choice(registered, REQUESTS, p=shares / shares.sum())
     before = llm.lora_stats()
     seconds = run(llm, [requests[index] for index in drawn], NEW_TOKENS)
     after = llm.lora_stats()
-    row = {"kind": "registered", "adapters": registered, "distinct": len(set(drawn.tolist()))}
+    row = {"kind": "registered", "turn": turn, "adapters": registered, "distinct": len(set(drawn.tolist()))}
     rate = round(REQUESTS * NEW_TOKENS / seconds, 1)
     return row | {
         "tokens/s": rate,
@@ -93,8 +97,8 @@ def main() -> None:
 
         for distinct in (count for count in DISTINCT if count <= min(arguments.rows, arguments.max_loras)):
             report(measure_batch(llm, requests, distinct, arguments.rows))
-        for registered in REGISTERED:
-            report(measure_registered(llm, requests, registered))
+        for registered, turn in itertools.product(REGISTERED, TURNS):
+            report(measure_registered(llm, requests, registered, turn))
         llm.shutdown()
 
 

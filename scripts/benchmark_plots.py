@@ -134,15 +134,16 @@ def _adapters_distinct(records: dict[str, Record]) -> Any:
 def _adapters_registered(records: dict[str, Record]) -> Any:
     figure, grid = _figure(1, len(records), 3.4, width=6)
     for axes, (name, record) in zip(grid[0], records.items(), strict=True):
-        rows = [row for row in record["rows"] if row["kind"] == "registered"]
-        counts = [row["adapters"] for row in rows]
-        axes.plot(
-            counts, [row["tokens/s"] for row in rows], "o-", color=OURS, label="drawn by Zipf's law", markersize=4
-        )
-        for row in rows:
-            place = (row["adapters"], row["tokens/s"])
-            axes.annotate(f"{row['loads']} loads", place, (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        _ticks(axes, counts, "registered adapters")
+        all_rows = [row for row in record["rows"] if row["kind"] == "registered"]
+        for turn, label, style in (("first", "asked for the first time", "o--"), ("again", "known", "o-")):
+            rows = [row for row in all_rows if row["turn"] == turn]
+            if rows:
+                counts, rates = ([row[name] for row in rows] for name in ("adapters", "tokens/s"))
+                axes.plot(counts, rates, style, color=OURS, label=label, markersize=4)
+            for row in rows:
+                text, place = f"{row['loads']} loads", (row["adapters"], row["tokens/s"])
+                axes.annotate(text, place, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        _ticks(axes, sorted({row["adapters"] for row in all_rows}), "registered adapters")
         _finish_curve(axes, name)
     return figure
 

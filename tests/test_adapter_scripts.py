@@ -173,7 +173,7 @@ def test_curves_count_the_loads_of_their_own_run(requests: list[LoRARequest], mo
     monkeypatch.setattr(adapter_curve, "REQUESTS", 4)
     monkeypatch.setattr(adapter_curve, "STEPS", 2)
     engine: Any = FakeEngine()
-    found = [adapter_curve.measure_registered(engine, requests, 1) for _ in range(2)]
+    found = [adapter_curve.measure_registered(engine, requests, 1, turn) for turn in adapter_curve.TURNS]
     assert [(row["distinct"], row["loads"]) for row in found] == [(1, 1), (1, 0)]
     row = adapter_curve.measure_batch(engine, requests, 3, 6)
     assert (row["kind"], row["adapters"]) == ("batch", 3) and row["step_ms"] == pytest.approx(1e3 * STEP, rel=0.3)

@@ -60,8 +60,8 @@ CURVE = HEAD | {
     "rows_per_batch": 256,
     "rows": [
         *({"kind": "batch", "adapters": n, "step_ms": 4.0 + n, "tokens/s": 64e3 / (4 + n)} for n in (0, 1, 256)),
-        {"kind": "registered", "adapters": 1, "distinct": 1, "tokens/s": 9000.0, "loads": 1, "evictions": 0},
-        {"kind": "registered", "adapters": 500, "distinct": 200, "tokens/s": 8000.0, "loads": 317, "evictions": 60},
+        {"kind": "registered", "turn": "first", "adapters": 1, "distinct": 1, "tokens/s": 9e3, "loads": 1},
+        {"kind": "registered", "turn": "again", "adapters": 500, "distinct": 200, "tokens/s": 8e3, "loads": 317},
     ],
 }
 FIRST_TOKEN = {"new": 150.0, "resident": 40.0, "loading": 110.04, "wait": 30.0, "find": 80.0}

@@ -24,3 +24,14 @@ def test_a_value_that_xla_does_not_take_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(xla_options, "_EXPERIMENTAL_OPTIONS", {KNOWN: "perhaps"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
         xla_options.gpu_options(make_mesh(1))
+
+
+def test_only_programs_that_ask_for_it_become_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh, no_graph, loop = make_mesh(1), "xla_gpu_graph_min_graph_size", "xla_gpu_enable_command_buffer"
+    assert xla_options.compiler_options(mesh, as_graph=True) is None, "a CPU takes no options"
+    monkeypatch.setattr(xla_options, "is_gpu", lambda mesh: True)
+    plain, graph = (xla_options.compiler_options(mesh, as_graph=as_graph) for as_graph in (False, True))
+    assert plain is not None and graph is not None
+    assert no_graph in plain and no_graph not in graph and loop not in graph
+    both = xla_options.compiler_options(mesh, as_graph=True, has_loop=True, is_concurrent=True)
+    assert both is not None and set(both) - set(graph) == {loop, "xla_gpu_command_buffer_scheduling_mode"}

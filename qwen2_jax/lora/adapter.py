@@ -1,7 +1,7 @@
 """An adapter in host memory, as read: low-rank updates, replaced biases, matrices, token rows, classification head."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -90,8 +90,10 @@ class Adapter:
         yield from (update for update in (self.embed_tokens, self.lm_head) if update is not None)
 
     def _arrays(self) -> Iterator[np.ndarray]:
-        for holder in (*self._updates(), self.embed_token_rows, self.lm_head_token_rows):
-            values = [] if holder is None else [getattr(holder, field.name) for field in fields(holder)]
-            yield from (value for value in values if isinstance(value, np.ndarray))
+        for update in self._updates():
+            yield from (update.a, update.b)
+            yield from (vector for vector in (update.bias, update.magnitude) if vector is not None)
+        for rows in (self.embed_token_rows, self.lm_head_token_rows):
+            yield from () if rows is None else (rows.token_ids, rows.rows)
         yield from self.biases.values()
         yield from (full for full in (self.full_embed_tokens, self.full_lm_head, self.score) if full is not None)

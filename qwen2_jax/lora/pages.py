@@ -3,7 +3,6 @@
 A page has 16 ranks of every module, of all layers. What an adapter lacks is zeros there.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.lora.adapter import Adapter
+from qwen2_jax.lora.threads import threads
 from qwen2_jax.models.adapters import MODULES, PROJECTIONS, RANKS
 from qwen2_jax.models.weight_layout import WeightLayout
 from qwen2_jax.models.weight_table import fill_qkv
@@ -84,8 +84,7 @@ class PageLayout:
 
     def _page(self, adapter: Adapter, start: int) -> Page:
         found = {name for (_, name), update in adapter.linear.items() if update.rank > start}
-        with ThreadPoolExecutor(len(PROJECTIONS)) as threads:  # copies of megabytes, which do not hold Python's lock
-            factors = threads.map(lambda projection: self._factors(adapter, projection, start), PROJECTIONS)
+        factors = threads().map(lambda projection: self._factors(adapter, projection, start), PROJECTIONS)
         return Page(
             factors=dict(zip(PROJECTIONS, factors, strict=True)),
             modules=sum(1 << bit for bit, name in enumerate(MODULES) if name in found),

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,12 @@ import numpy as np
 
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.config import AdapterConfig
+from qwen2_jax.lora.threads import threads
 from qwen2_jax.models.checkpoint import TensorEntry
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_PIECE, _THREADS = 4 << 20, 8
-"""Bytes that a thread reads, hashes or looks at in a call, and how many threads do."""
+_PIECE = 4 << 20
+"""Bytes that a thread reads, hashes or looks at in a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,17 @@ def read_weights(config: AdapterConfig, file: Path, entries: Mapping[str, Tensor
 
     Raises `AdapterError` for a file that cannot be read, or that has others by now.
     """
-    with ThreadPoolExecutor(_THREADS) as threads:
-        try:
-            with file.open("rb") as stream:
-                content = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)
-                starts = range(0, len(content), _PIECE)
-                digests = list(threads.map(partial(_read_piece, stream.fileno()), _pieces(content), starts))
-            arrays, runs = _views(content, entries)
-        except OSError as error:
-            raise AdapterError(f"{file} cannot be read: {error}") from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise AdapterError(f"{file} has changed while it was read ({error}); send the request again") from error
-        all_finite = all(threads.map(_is_finite, [piece for run in runs for piece in _pieces(run)]))
+    try:
+        with file.open("rb") as stream:
+            content = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)
+            starts = range(0, len(content), _PIECE)
+            digests = list(threads().map(partial(_read_piece, stream.fileno()), _pieces(content), starts))
+        arrays, runs = _views(content, entries)
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise AdapterError(f"{file} has changed while it was read ({error}); send the request again") from error
+    all_finite = all(threads().map(_is_finite, [piece for run in runs for piece in _pieces(run)]))
     return Weights(
         arrays=arrays,
         not_finite=frozenset(() if all_finite else (name for name in arrays if not _is_finite(arrays[name]))),

@@ -1,5 +1,6 @@
 """Reads a Hugging Face folder: `config.json` and one or several safetensors files."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _entry(shard: Path, handle: Any, name: str) -> TensorEntry:
     view = handle.get_slice(name)
     shape = tuple(view.get_shape())
     dtype, size = DTYPES.get(view.get_dtype(), (view.get_dtype(), 0))
-    return TensorEntry(shape=shape, dtype=dtype, nbytes=size * int(np.prod(shape)), load=_loader(shard, handle, name))
+    return TensorEntry(shape=shape, dtype=dtype, nbytes=size * math.prod(shape), load=_loader(shard, handle, name))
 
 
 def _loader(shard: Path, handle: Any, name: str) -> Callable[[], np.ndarray]:

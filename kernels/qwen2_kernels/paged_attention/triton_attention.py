@@ -59,7 +59,8 @@ def decode_config(q: Array, k_pool: Array, block_tables: Array) -> DecodeConfig:
     bits = jnp.finfo(k_pool.dtype).bits
     if bits == 8:
         chunk = 1024 if many else 256 if pairs > 16 else 128
-        default = DecodeConfig(block_n=32, num_warps=2, num_stages=6, num_splits=splits, min_chunk=chunk)
+        block_n = 64 if head_dim > 64 and chunk == 256 else 32
+        default = DecodeConfig(block_n=block_n, num_warps=2, num_stages=6, num_splits=splits, min_chunk=chunk)
     else:
         is_wide = pairs <= 8 if head_dim > 64 else pairs > 32
         block_n, num_stages = (128, 2) if is_wide else (64, 3)
