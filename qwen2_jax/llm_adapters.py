@@ -40,6 +40,7 @@ class Adapters:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="qwen2_jax adapter readers")
 
     def find(self, requests: LoRARequests, count: int) -> list[AdapterEntry | None]:
         """Return each prompt's adapter, read and checked; one request is for all prompts.
@@ -59,9 +60,9 @@ class Adapters:
         distinct = list(dict.fromkeys(request for request in listed if request is not None))
         if not distinct:
             return [None] * count
-        manager = self._manager()
-        with ThreadPoolExecutor(_READERS) as threads:
-            found = dict(zip(distinct, threads.map(manager.find, distinct), strict=True))
+        find = self._manager().find
+        entries = [find(distinct[0])] if len(distinct) == 1 else self._readers.map(find, distinct)
+        found = dict(zip(distinct, entries, strict=True))
         return [None if request is None else found[request] for request in listed]
 
     def load(self, request: AdapterRequest, *, pin: bool) -> LoadedLoRA:
