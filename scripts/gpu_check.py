@@ -15,6 +15,7 @@ These five are "all". The others run only when they are asked for, each longer t
 - adapters-7b, adapters-0.5b: `workload.py` with 32 adapters, beside vLLM and the goals; up to 420 and 200 s.
 - adapter-curve: `adapter_curve.py` for 0.5B; up to 420 s.
 - adapter-loading: `adapter_loading.py` for 7B; up to 300 s.
+- concurrency: `check_concurrency.py` for 7B; up to 300 s.
 - sampling: `sampling_time.py` for 0.5B; up to 150 s.
 - start: `start_time.py` for 7B, without and with adapters; up to 500 s.
 
@@ -55,6 +56,7 @@ OTHER_PARTS = (
     *(f"adapters-{geometry}" for geometry in GEOMETRIES),
     "adapter-curve",
     "adapter-loading",
+    "concurrency",
     "sampling",
     "start",
 )
@@ -72,6 +74,7 @@ BUDGETS = {
     "adapters-0.5b": 200,
     "adapter-curve": 420,
     "adapter-loading": 300,
+    "concurrency": 300,
     "sampling": 150,
     "start": 500,
 }
@@ -237,6 +240,7 @@ def main() -> None:
         **{f"adapters-{geometry}": partial(adapters, geometry) for geometry in GEOMETRIES},
         "adapter-curve": script("adapter_curve", "adapter_curve", "0.5b", "--workload", workload),
         "adapter-loading": script("adapter_loading", "adapter_loading_7b", "7b", "--workload", workload),
+        "concurrency": script("check_concurrency", "concurrency_7b", "7b"),
         "sampling": script("sampling_time", "sampling_0.5b", "0.5b"),
         "start": partial(check_start, "7b", out),
     }

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from qwen2_jax.engine.executable_cache import ExecutableCache
 from qwen2_jax.engine.step_inputs import Layout
-from qwen2_jax.xla_options import compiler_options, gpu_options, is_gpu
+from qwen2_jax.xla_options import Options, compiler_options, gpu_options, is_gpu
 
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -48,8 +48,8 @@ _LOWERING = threading.Lock()
 Triton kernels that programs share, for jax-triton's cache knows only those that are done."""
 
 
-def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile one program under `mesh`."""
+def compile_program(spec: ProgramSpec, mesh: Mesh, other: Options | None = None) -> jax.stages.Compiled:
+    """Compile one program under `mesh`; `other` are options of XLA's for a GPU in place of those it would get."""
     with jax.set_mesh(mesh), jax.default_matmul_precision(spec.matmul_precision):
         jitted = jax.jit(spec.function, donate_argnums=spec.donated, out_shardings=spec.out_shardings)
         with _LOWERING:
@@ -57,7 +57,7 @@ def compile_program(spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
         options = compiler_options(
             mesh, as_graph=spec.as_graph, has_loop=spec.has_loop_in_graph, is_concurrent=spec.is_concurrent
         )
-        return lowered.compile(options)
+        return lowered.compile(options if options is None else options | (other or {}))
 
 
 def compile_programs[K](

@@ -105,12 +105,18 @@ class ModelRunner:
                 self._kv_cache, self._state, *_ = self._run(name, bucket, self._kv_cache, self._state, packed, *banks)
         jax.block_until_ready(self._state)
 
-    def _compile(self, pool: LoweringPool | None, use_tqdm: bool) -> None:
-        model, mesh = self._model, self._model.mesh
-        facts = ProgramFacts(
+    def specs(self) -> dict[ProgramKey, ProgramSpec]:
+        """Return what each program is compiled from."""
+        return self._facts().table(self._model.mesh, self._programs, self._params_spec).specs()
+
+    def _facts(self) -> ProgramFacts:
+        model = self._model
+        return ProgramFacts(
             model=model.config, dtype=model.dtype, config=self._config, num_blocks=self.num_blocks, lora=self._lora
         )
-        specs = facts.table(mesh, self._programs, self._params_spec).specs()
+
+    def _compile(self, pool: LoweringPool | None, use_tqdm: bool) -> None:
+        mesh, facts, specs = self._model.mesh, self._facts(), self.specs()
         self._inputs = {key: spec.inputs for key, spec in specs.items() if spec.inputs is not None}
         cache = None if self._cache_directory is None else ExecutableCache(self._cache_directory, mesh, facts)
 
