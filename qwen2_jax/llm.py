@@ -1,6 +1,5 @@
 """The offline API: `LLM`, with vLLM's names and shapes."""
 
-import asyncio
 import queue
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -163,7 +162,7 @@ class LLM:
 
         Leaving the loop early aborts the request.
         """
-        adapter = (await asyncio.to_thread(self._adapters.find, lora_request, 1))[0]
+        adapter = await self._adapters.find_one(lora_request)
         if not isinstance(prompt, str | dict) and prompt and isinstance(prompt[0], Mapping):
             prompt = self._chat_prompt(cast(Sequence[Message], prompt))
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params

@@ -1,8 +1,9 @@
 """Adapters as a caller of `LLM` sees them: found for each prompt, loaded ahead of time, listed and unloaded."""
 
+import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qwen2_jax.engine.async_engine import AsyncEngine
@@ -13,6 +14,9 @@ from qwen2_jax.types import AdapterRequest
 
 LoRARequests = AdapterRequest | Sequence[AdapterRequest | None] | None
 _READERS = 4
+"""Threads that read the adapters of one call."""
+_FINDERS = 32
+"""Threads that find those of streams: most wait for the hub, or for a merge."""
 _POLL_SECONDS = 0.001
 
 
@@ -41,6 +45,8 @@ class Adapters:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="qwen2_jax adapter readers")
+        self._finders = ThreadPoolExecutor(_FINDERS, thread_name_prefix="qwen2_jax adapter finders")
+        self._finding: dict[AdapterRequest, Future[list[AdapterEntry | None]]] = {}
 
     def find(self, requests: LoRARequests, count: int) -> list[AdapterEntry | None]:
         """Return each prompt's adapter, read and checked; one request is for all prompts.
@@ -61,14 +67,30 @@ class Adapters:
         if not distinct:
             return [None] * count
         find = self._manager().find
-        entries = [find(distinct[0])] if len(distinct) == 1 else self._readers.map(find, distinct)
+        entries = [find(distinct[0])] if len(distinct) == 1 else list(self._readers.map(find, distinct))
         found = dict(zip(distinct, entries, strict=True))
         return [None if request is None else found[request] for request in listed]
 
+    async def find_one(self, request: AdapterRequest | None) -> AdapterEntry | None:
+        """Return one prompt's adapter, as `find` does.
+
+        Tasks that ask for the same adapter wait for one thread, so that slow ones leave threads for others.
+        """
+        if request is None or not isinstance(request, AdapterRequest):
+            return self.find(request, 1)[0]
+        finding = self._finding.get(request)
+        if finding is None or finding.done():
+            finding = self._finders.submit(self.find, request, 1)
+            self._finding[request] = finding
+            finding.add_done_callback(lambda _: self._finding.pop(request, None))
+        return (await asyncio.shield(asyncio.wrap_future(finding)))[0]
+
     def load(self, request: AdapterRequest, *, pin: bool) -> LoadedLoRA:
         """Bring an adapter to the device; see `LLM.load_lora`."""
-        entry, manager = self.find(request, 1)[0], self._manager()
-        assert entry is not None
+        if not isinstance(request, AdapterRequest):
+            self.find(request, 1)  # says what is wrong
+        manager = self._manager()
+        entry = manager.find(request, ask_hub=True)
         while True:
             outcome = self._engine.call(lambda _: manager.load(entry, pin=pin))
             if outcome is Admission.READY:

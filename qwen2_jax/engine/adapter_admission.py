@@ -15,12 +15,14 @@ class AdapterAdmission:
         """Without a gate no request has an adapter."""
         self._gate = gate
         self._absent: dict[AdapterEntry, Admission] = {}
-        self._crowded_out: list[Request] = []
+        self._crowded_out: list[AdapterEntry] = []
         self._gives_way = False
 
     def begin(self) -> None:
         """Begin to look at the waiting requests, from the first on."""
         self._absent, self._crowded_out, self._gives_way = {}, [], False
+        if self._gate is not None:
+            self._gate.begin_pass()
 
     def acquire(self, request: Request) -> Admission:
         """Keep the request's adapter on the device, unless one that adapters in use crowd out has waited long enough.
@@ -36,11 +38,11 @@ class AdapterAdmission:
         if adapter in self._absent:
             return self._absent[adapter]
         admission = self._gate.acquire(adapter)
-        if admission is Admission.FULL:
-            self._crowded_out.append(request)
-            self._gives_way = request.num_passed >= MAX_PASSED
         if admission in (Admission.FULL, Admission.LOADING):
             self._absent[adapter] = admission
+        if admission is Admission.FULL:
+            self._crowded_out.append(adapter)
+            self._gives_way = adapter.num_passed >= MAX_PASSED
         return admission
 
     def note_start(self, request: Request) -> None:
@@ -50,7 +52,7 @@ class AdapterAdmission:
                 other.num_passed += 1
                 self._gives_way |= other.num_passed >= MAX_PASSED
 
-    def release(self, request: Request) -> None:
-        """Let go of the adapter of a request that no longer runs."""
+    def release(self, request: Request, *, is_wanted: bool = False) -> None:
+        """Let go of the adapter of a request that no longer runs; `is_wanted` where it waits to run again."""
         if request.adapter is not None and self._gate is not None:
-            self._gate.release(request.adapter)
+            self._gate.release(request.adapter, is_wanted=is_wanted)

@@ -10,9 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import psutil
-from jax.sharding import PartitionSpec as P
 
 from qwen2_jax.config import EngineConfig, LoadConfig, ModelConfig, ResolvedConfig
 from qwen2_jax.engine.block_manager import peak_blocks
@@ -138,21 +136,14 @@ def _adapters(
     )
     layout = PageLayout(model, WeightLayout.on(model, tp), jnp.dtype(loaded.dtype))
     placer = Placer(layout, banks, _vocab_adapters(loaded, sizes) if sizes.has_vocab else None)
-    return sizes, AdapterManager(model, placer, sizes, token=load.hf_token)
+    # Without a number of adapters for it, host memory has as many as half of what is free holds.
+    free = None if options.lora.max_cpu_loras else psutil.virtual_memory().available // 2
+    return sizes, AdapterManager(model, placer, sizes, max_host_bytes=free, token=load.hf_token)
 
 
 def _vocab_adapters(loaded: LoadedModel, sizes: LoRASizes) -> tuple[VocabLayout, DeviceVocabBanks]:
     """Make room for adapters of the embeddings and the head."""
     model, mesh = loaded.config, loaded.mesh
-
-    def rows(module: str, token_ids: np.ndarray) -> np.ndarray:
-        holder = loaded.params["model"]["embed_tokens"]
-        if module == "lm_head" and model.has_lm_head:
-            holder = loaded.params["lm_head"]
-        with jax.set_mesh(mesh):
-            return np.asarray(holder["embedding"].at[token_ids].get(out_sharding=P(None, None)))
-
-    layout = VocabLayout(model, mesh.shape[TP], jnp.dtype(loaded.dtype), max_pages=sizes.max_pages, rows=rows)
     banks = DeviceVocabBanks(
         model,
         loaded.params,
@@ -162,6 +153,9 @@ def _vocab_adapters(loaded: LoadedModel, sizes: LoRASizes) -> tuple[VocabLayout,
         num_full=sizes.num_full_vocab,
         num_vectors=sizes.num_vocab_vectors,
         max_pages=sizes.max_pages,
+    )
+    layout = VocabLayout(
+        model, mesh.shape[TP], jnp.dtype(loaded.dtype), max_pages=sizes.max_pages, rows=banks.read_rows
     )
     return layout, banks
 

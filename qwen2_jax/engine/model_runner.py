@@ -32,6 +32,7 @@ from qwen2_jax.engine.step_results import Launched
 from qwen2_jax.engine.workspace import largest_workspace, reported_workspace
 from qwen2_jax.lora.placing import Placer
 from qwen2_jax.lora.sizes import LoRASizes
+from qwen2_jax.lora.staging import MAX_STAGED
 from qwen2_jax.models.qwen2 import KVCache
 from qwen2_jax.parallel import replicated
 
@@ -71,6 +72,11 @@ class ModelRunner:
         self._pools = PoolLayout.of(model.config, config.block_size, model.dtype, model.mesh.shape["tp"])
         self._blocks_needed = blocks_needed
         self._workspace = largest_workspace(model.config, config, model.dtype, model.mesh.shape["tp"])
+        self._adapter_bytes = 0
+        if adapters is not None and lora is not None:
+            adapters.compile()
+            copies = lora.staging_bytes(model.config, model.dtype, model.mesh.shape["tp"], MAX_STAGED)
+            self._adapter_bytes = copies + max(map(reported_workspace, adapters.programs))
         self.num_blocks = self._count_blocks()
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
         self._inputs: dict[ProgramKey, Layout] = {}
@@ -80,8 +86,6 @@ class ModelRunner:
     def compile(self, pool: LoweringPool | None = None, *, use_tqdm: bool = True) -> None:
         """Compile every program, of which `pool` lowers those that are not kept, and allocate the cache."""
         self._compile(pool, use_tqdm)
-        if self._adapters is not None:
-            self._adapters.compile()
         workspace = max(reported_workspace(program) for program in self._compiled.values())
         if workspace > self._workspace and jax.default_backend() != "cpu":
             logger.warning("a step takes %d bytes where %d were expected; compiling again", workspace, self._workspace)
@@ -238,11 +242,11 @@ class ModelRunner:
         self._state = self._compiled[f"set_{name}", 0](self._state, self._to_device(packed))
 
     def _count_blocks(self) -> int:
-        """Size the cache by what the step with the largest workspace leaves."""
+        """Size the cache by what is left beside the largest step's workspace, and adapters on their way."""
         return count_blocks(
             self._pools,
             self._config.cache,
-            workspace_bytes=0 if jax.default_backend() == "cpu" else self._workspace,
+            workspace_bytes=0 if jax.default_backend() == "cpu" else self._workspace + self._adapter_bytes,
             blocks_needed=self._blocks_needed,
             blocks_useful=self._config.max_num_seqs * self._config.blocks_per_sequence,
         )

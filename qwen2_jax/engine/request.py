@@ -75,8 +75,6 @@ class Request:
     num_cached_tokens: int = field(default=0, init=False)
     """Prompt tokens that were not computed, since another request had done it, at the first admission."""
     num_preemptions: int = field(default=0, init=False)
-    num_passed: int = field(default=0, init=False)
-    """Requests that started before this one while its adapter found no room."""
     row_index: int | None = field(default=None, init=False)
     """The row of per-request state on the device, held while running."""
     block_ids: list[int] = field(default_factory=list, init=False)

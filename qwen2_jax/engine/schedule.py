@@ -61,12 +61,16 @@ class SchedulerConfig:
 class AdapterGate(Protocol):
     """Says which requests' adapters are on the device; `lora.manager.AdapterManager` is one."""
 
+    def begin_pass(self) -> None:
+        """Begin to ask for the adapters of waiting requests, in the order in which they come to the devices."""
+        ...
+
     def acquire(self, entry: AdapterEntry) -> Admission:
         """Keep an adapter on the device for one request more, or see to it that it comes."""
         ...
 
-    def release(self, entry: AdapterEntry) -> None:
-        """Let go of what `acquire` has kept."""
+    def release(self, entry: AdapterEntry, *, is_wanted: bool = False) -> None:
+        """Let go of what `acquire` has kept; `is_wanted` says that the request still waits for it."""
         ...
 
 

@@ -185,7 +185,7 @@ class Scheduler:
     def _preempt(self, plan: _Plan, request: Request) -> None:
         plan.rows.pop(request, None)
         self.blocks.free(request)
-        self._adapters.release(request)
+        self._adapters.release(request, is_wanted=True)
         self._queues.preempt(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -210,7 +210,7 @@ class Scheduler:
                 continue
             num_tokens = 0 if request.num_in_flight else self._take_blocks(plan, request)
             if not num_tokens:
-                self._adapters.release(request)
+                self._adapters.release(request, is_wanted=True)
                 break
             self._adapters.note_start(request)
             self._queues.start(index)

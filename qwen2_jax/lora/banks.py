@@ -84,6 +84,11 @@ class DeviceBanks:
             lowered = write.lower(layer, weights, pages, index, index, self._vector_structs())
             self._write_vectors = lowered.compile(options)
 
+    @property
+    def programs(self) -> list[jax.stages.Compiled]:
+        """The compiled programs."""
+        return [self._write_page, self._write_vectors]
+
     def place_page(self, page: Page) -> Placed:
         """Start to copy a page to the devices; nothing waits for it until it is written."""
         given = {name: (factors.a, factors.b, factors.scaling) for name, factors in page.factors.items()}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,15 @@ class Admission(enum.Enum):
     """It cannot be loaded any more; its `error` says why."""
 
 
+class Holding(enum.Enum):
+    """Whose an adapter's places on the devices are, where they are not running requests'."""
+
+    IDLE = enum.auto()
+    """Anyone's who needs them."""
+    PINNED = enum.auto()
+    """Its own, used or not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostCopy:
     """An adapter in host memory, in the form that is copied to the devices."""
@@ -41,6 +51,18 @@ class HostCopy:
     pages: list[Page]
     vectors: Vectors | None
     vocab: VocabCopy | None = None
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes of all its arrays."""
+        vocab = self.vocab
+        arrays = [array for page in self.pages for part in page.factors.values() for array in vars(part).values()]
+        if self.vectors is not None:
+            arrays += [*self.vectors.bias.values(), *self.vectors.magnitude.values(), self.vectors.replaced_bias]
+        if vocab is not None:
+            arrays += [array for page in vocab.pages for array in page.arrays.values()]
+            arrays += [*vocab.full.values(), *(vocab.vectors or {}).values()]
+        return sum(array.nbytes for array in arrays)
 
     @property
     def needs(self) -> dict[str, int]:
@@ -57,11 +79,11 @@ class AdapterEntry:
     """One adapter, known by its content. Only the manager changes it."""
 
     request: AdapterRequest
-    """The first request that named it."""
+    """What names it: the request whose files were read last."""
     source: AdapterSource
     """Where it is read again once it has left host memory."""
     digest: str
-    """Of its content: another content is another adapter."""
+    """Of its content: another content is another adapter, even of the same name."""
     needs: Mapping[str, int]
     """The places that it takes on the devices, by kind."""
     nbytes: int
@@ -86,12 +108,25 @@ class AdapterEntry:
     """Its copy on the way to the devices."""
     last_wanted: float = 0.0
     """When a request has last asked for it, on the monotonic clock."""
+    is_crowded_out: bool = False
+    """Whether it found no room on the devices when it was last asked for."""
+    num_passed: int = 0
+    """Requests with other adapters that started while it found no room."""
+    holding: Holding | None = None
+    """As whose its places are counted; None are requests'."""
     error: AdapterError | None = None
 
     @property
     def is_resident(self) -> bool:
         """Whether it is on the device."""
         return self.group is not None
+
+    @property
+    def now_holding(self) -> Holding | None:
+        """Whose its places are now; None are requests', or it has none."""
+        if not self.is_resident or (self.pins and not self.is_pinned):
+            return None
+        return Holding.PINNED if self.is_pinned else Holding.IDLE
 
     def place(self, kind: str) -> int:
         """Return its place of a kind of which it has one at most; -1 is none."""
@@ -111,4 +146,4 @@ class AdapterStats:
     """Times that one left it for another's sake."""
     num_failures: int = 0
     wait_seconds: float = field(default=0.0)
-    """Time that requests waited for their adapters, over all of them."""
+    """Time from the first request for an adapter that was not there until it was, over all loads."""

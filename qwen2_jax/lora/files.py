@@ -29,6 +29,11 @@ def resolve_adapter(
         return hub.resolve_adapter(name, revision=revision, token=token, subfolder=subfolder)
 
 
+def is_local(name: str | Path) -> bool:
+    """Return whether what a user calls an adapter is a path here, and not a hub id."""
+    return Path(name).expanduser().exists()
+
+
 def file_signature(path: Path) -> tuple[tuple[int, int, int], ...]:
     """Return what changes when the files of the adapter in `path` are written anew; raises `AdapterError`."""
     if not (path / CONFIG).is_file():

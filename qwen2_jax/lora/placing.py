@@ -56,6 +56,11 @@ class Placer:
         if self._vocab_banks is not None:
             self._vocab_banks.compile()
 
+    @property
+    def programs(self) -> list[jax.stages.Compiled]:
+        """The programs that `compile` has made."""
+        return [*self._banks.programs, *([] if self._vocab_banks is None else self._vocab_banks.programs)]
+
     def host_copy(self, name: str, adapter: Adapter) -> HostCopy:
         """Return the adapter called `name` as it is copied to the devices; `AdapterError` for what is not served."""
         changed = [field for field in VOCAB_FIELDS if getattr(adapter, field) is not None]

@@ -14,18 +14,18 @@ class Room:
         self._counts = dict(counts)
         self._free = {kind: list(range(count))[::-1] for kind, count in counts.items()}
 
-    def fits(self, needs: Needs, *, given_back: Iterable[Needs] = ()) -> bool:
-        """Return whether so many places are free, or would be if others gave theirs back."""
-        others = list(given_back)
-        freed = {kind: sum(other.get(kind, 0) for other in others) for kind in needs}
-        return all(count <= len(self._free[kind]) + freed[kind] for kind, count in needs.items())
+    def short(self, needs: Needs, given_back: Needs | None = None) -> list[str]:
+        """Return the kinds of which too few places are free, or would be if others gave theirs back."""
+        others = given_back or {}
+        return [kind for kind, count in needs.items() if count > len(self._free[kind]) + others.get(kind, 0)]
 
-    def lacking(self, needs: Needs) -> str | None:
-        """Return the first kind of which there are too few even if all were free."""
-        return next((kind for kind, count in needs.items() if count > self._counts[kind]), None)
+    def lacking(self, needs: Needs, held: Needs | None = None) -> str | None:
+        """Return the first kind of which there are too few even if all were free that are not `held` for good."""
+        held = held or {}
+        return next((kind for kind, count in needs.items() if count + held.get(kind, 0) > self._counts[kind]), None)
 
     def take(self, needs: Needs) -> dict[str, list[int]]:
-        """Take places that `fits` has found free."""
+        """Take places of which none is `short`."""
         return {kind: [self._free[kind].pop() for _ in range(count)] for kind, count in needs.items()}
 
     def give_back(self, places: Places) -> None:

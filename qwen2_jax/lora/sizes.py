@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class LoRASizes:
     max_pages: int
     max_rank: int
     max_on_host: int
+    """Adapters in host memory, at most."""
     num_vocab_pages: int
     num_vocab_vectors: int
     num_full_vocab: int
@@ -60,8 +61,6 @@ class LoRASizes:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         fitting = _ON_CPU if limit is None else min(max(int(_MEMORY_SHARE * limit) // each, 1), _MOST)
         count = options.max_loras or fitting
-        free_on_host = psutil.virtual_memory().available
-        largest_host_share = max(free_on_host // 2 // (each * tp), count)
         sizes = cls(
             num_pages=count * options.max_pages,
             num_vectors=count,
@@ -70,9 +69,12 @@ class LoRASizes:
             num_vocab_pages=options.max_vocab_loras * options.max_pages,
             num_vocab_vectors=options.max_vocab_loras,
             num_full_vocab=options.max_full_vocab,
-            max_on_host=options.max_cpu_loras or min(4 * count * options.max_pages, largest_host_share),
+            max_on_host=options.max_cpu_loras or 4 * count * options.max_pages,
         )
-        needed, free = sizes.bank_bytes(model, dtype, tp), free_on_host if limit is None else _free_bytes()
+        needed, free = (
+            sizes.bank_bytes(model, dtype, tp),
+            psutil.virtual_memory().available if limit is None else _free_bytes(),
+        )
         if needed > free:
             raise CapacityError(
                 f"room for {count} adapters of rank {options.max_lora_rank}, {options.max_vocab_loras} of embeddings "
@@ -104,6 +106,17 @@ class LoRASizes:
             _shard(getattr(vocab, name), getattr(vocab_specs, name), tp) * (4 if name in WIDE else size)
             for name in names
         )
+
+    def staging_bytes(self, model: ModelConfig, dtype: str, tp: int, copies: int) -> int:
+        """Return the bytes on each device of so many of the largest adapters, beside their places."""
+        each = {
+            "num_pages": copies * self.max_pages,
+            "num_vectors": copies,
+            "num_vocab_pages": copies * min(self.num_vocab_pages, self.max_pages),
+            "num_vocab_vectors": copies * min(self.num_vocab_vectors, 1),
+            "num_full_vocab": min(copies, self.num_full_vocab),
+        }
+        return replace(self, **each).bank_bytes(model, dtype, tp)
 
     def tables(self, tokens: int, rows: int) -> TableSizes:
         """Return the sizes of the tables of a program for `tokens` tokens in `rows` rows."""

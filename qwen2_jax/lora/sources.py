@@ -7,7 +7,7 @@ from typing import Protocol
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.lora.adapter import Adapter
-from qwen2_jax.lora.files import file_signature, resolve_adapter
+from qwen2_jax.lora.files import file_signature, is_local, resolve_adapter
 from qwen2_jax.lora.merge import merge_adapters, merged_rank
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.lora.vocab import vocab_ranks
@@ -89,17 +89,39 @@ class MergeSource:
         return f", or merge with MergeOptions(rank={rank}), which cuts it"
 
 
-def source_of(request: AdapterRequest, *, token: str | bool | None = None) -> AdapterSource:
-    """Return where the adapter of `request` comes from, downloaded with the hub's `token` where it is not cached.
+class HubFolders:
+    """The folders of adapters from the hub, which is asked once for each: an answer takes a network's time."""
 
-    Raises `AdapterError`, which says what to do.
-    """
+    def __init__(self, token: str | bool | None = None) -> None:
+        """`token` is the hub's."""
+        self._token = token
+        self._folders: dict[tuple[str, str | None, str | None], Path] = {}
+
+    def folder(self, request: LoRARequest, *, ask: bool) -> Path:
+        """Return an adapter's local folder, downloaded where it is not cached; `ask` looks for a newer one.
+
+        Raises `AdapterError`, which says what to do.
+        """
+        key = (request.lora_path, request.revision, request.subfolder)
+        found = None if ask else self._folders.get(key)
+        if found is not None and found.is_dir():
+            return found
+        path = resolve_adapter(
+            request.lora_path, revision=request.revision, token=self._token, subfolder=request.subfolder
+        )
+        if not is_local(request.lora_path):
+            self._folders[key] = path
+        return path
+
+    def forget(self, request: AdapterRequest) -> None:
+        """Ask the hub again for the adapters of `request`."""
+        for each in request.adapters if isinstance(request, MergedLoRARequest) else (request,):
+            self._folders.pop((each.lora_path, each.revision, each.subfolder), None)
+
+
+def source_of(request: AdapterRequest, hub: HubFolders, *, ask_hub: bool = False) -> AdapterSource:
+    """Return where the adapter of `request` comes from; raises `AdapterError`, which says what to do."""
     if isinstance(request, MergedLoRARequest):
-        folders = tuple(_folder(each, token) for each in request.adapters)
+        folders = tuple(FolderSource(hub.folder(each, ask=ask_hub)) for each in request.adapters)
         return MergeSource(folders=folders, weights=tuple(request.weights), options=request.options)
-    return _folder(request, token)
-
-
-def _folder(request: LoRARequest, token: str | bool | None) -> FolderSource:
-    revision, subfolder = request.revision, request.subfolder
-    return FolderSource(resolve_adapter(request.lora_path, revision=revision, token=token, subfolder=subfolder))
+    return FolderSource(hub.folder(request, ask=ask_hub))

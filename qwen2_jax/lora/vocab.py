@@ -28,6 +28,8 @@ VECTORS = ("embed_scale", "head_scale", "head_bias")
 MODULES = {"embed_tokens": 1, "lm_head": 2}
 """The bits of a page's modules."""
 
+_ROWS = 64
+"""Rows of the model's tables that are read at a time."""
 Rows = Callable[[str, np.ndarray], np.ndarray]
 """Returns rows of the model's own embedding ("embed_tokens") or head ("lm_head"), by token id."""
 
@@ -168,11 +170,18 @@ class DeviceVocabBanks:
         banks = {name: getattr(self.banks, name) for name in (*PAGED, *FULL)}
         index = self._struct((), jnp.int32, P())
         self._write = {}
+        with jax.set_mesh(self._mesh):
+            ids, read = self._struct((_ROWS,), jnp.int32, P()), jax.jit(_read_rows, out_shardings=index.sharding)
+            self._read = {
+                name: read.lower(table, ids).compile(options)
+                for name, table in (("embed_tokens", self._embedding), ("lm_head", self._head))
+            }
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):
             for name, bank in banks.items():
                 row = jax.ShapeDtypeStruct(bank.shape[1:], bank.dtype, sharding=self._row_sharding(name))
                 write = jax.jit(_set_row, donate_argnums=0, out_shardings=bank.sharding)
                 self._write[name] = write.lower(bank, index, row).compile(options) if bank.shape[0] else None
+            self._write_vectors: jax.stages.Compiled | None = None
             if not self.banks.head_bias.shape[0]:
                 return
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.banks)
@@ -185,6 +194,20 @@ class DeviceVocabBanks:
             weights = (self._embedding, self._head)
             lowered = write_vectors.lower(self.banks, *weights, pages, index, vectors)
             self._write_vectors = lowered.compile(options)
+
+    @property
+    def programs(self) -> list[jax.stages.Compiled]:
+        """The compiled programs."""
+        written = [program for program in self._write.values() if program is not None]
+        return [*self._read.values(), *written, *([] if self._write_vectors is None else [self._write_vectors])]
+
+    def read_rows(self, module: str, token_ids: np.ndarray) -> np.ndarray:
+        """Return rows of the model's own embedding ("embed_tokens") or head ("lm_head"), by token id; any thread."""
+        table = self._head if module == "lm_head" else self._embedding
+        padded = np.zeros(-(-len(token_ids) // _ROWS) * _ROWS, np.int32)
+        padded[: len(token_ids)] = token_ids
+        parts = [self._read[module](table, self._on_device(part)) for part in padded.reshape(-1, _ROWS)]
+        return np.concatenate([np.asarray(part) for part in parts])[: len(token_ids)]
 
     def place(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
         """Start to copy rows of the banks, by their names, to the devices."""
@@ -201,6 +224,7 @@ class DeviceVocabBanks:
         listed = np.full(self._max_pages, -1, np.int32)
         listed[: len(pages)] = pages
         numbers = (self._on_device(listed), self._on_device(np.int32(row)))
+        assert self._write_vectors is not None
         self.banks = self._write_vectors(self.banks, self._embedding, self._head, *numbers, placed)
 
     def _on_device(self, value: Any) -> Array:
@@ -211,6 +235,10 @@ class DeviceVocabBanks:
 
     def _row_sharding(self, name: str) -> NamedSharding:
         return NamedSharding(self._mesh, P(*getattr(self._specs, name)[1:]))
+
+
+def _read_rows(table: Float[Array, "V D"], token_ids: Int[Array, " R"]) -> Float[Array, "R D"]:
+    return table.at[token_ids].get(out_sharding=P(None, None))
 
 
 def _write_vectors(

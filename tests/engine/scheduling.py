@@ -25,8 +25,16 @@ class Gate:
         self.loading: set[AdapterEntry] = set()
         self.failed: set[AdapterEntry] = set()
         self.uses: Counter[AdapterEntry] = Counter()
+        self.asked: list[AdapterEntry] = []
+        """Since the last pass has begun."""
+        self.waited_for: list[AdapterEntry] = []
+        """Those that were released and are still wanted."""
+
+    def begin_pass(self) -> None:
+        self.asked.clear()
 
     def acquire(self, entry: AdapterEntry) -> Admission:
+        self.asked.append(entry)
         if entry in self.failed:
             return Admission.FAILED
         if entry in self.loading:
@@ -36,7 +44,8 @@ class Gate:
         self.uses[entry] += 1
         return Admission.READY
 
-    def release(self, entry: AdapterEntry) -> None:
+    def release(self, entry: AdapterEntry, *, is_wanted: bool = False) -> None:
+        self.waited_for += [entry] * is_wanted
         self.uses[entry] -= 1
         assert self.uses[entry] >= 0
 

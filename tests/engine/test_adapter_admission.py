@@ -50,6 +50,7 @@ def test_a_preempted_request_gives_its_adapter_back_and_asks_again() -> None:
         step(scheduler)
     assert +gate.uses == {A: 1}
     gate.loading.add(B)
+    assert gate.waited_for == [B]
     while not first.is_finished:
         step(scheduler)
     assert scheduler.schedule() is None and scheduler.num_waiting == 1
@@ -63,7 +64,7 @@ def test_without_blocks_an_adapter_is_not_kept() -> None:
     add(scheduler, make_request("p", 60), make_request("q", 16, adapter=A))
     for _ in range(4):
         step(scheduler)
-    assert scheduler.num_waiting == 1 and not +gate.uses
+    assert scheduler.num_waiting == 1 and not +gate.uses and set(gate.waited_for) == {A}
 
 
 def test_a_request_whose_adapter_cannot_come_ends() -> None:
@@ -80,11 +81,11 @@ def test_a_request_whose_adapter_cannot_come_ends() -> None:
 @pytest.mark.parametrize("loading", [False, True])
 def test_nobody_is_passed_for_ever(loading: bool) -> None:
     """A stream of requests with one adapter would keep another's out; one on its way holds up nobody."""
-    gate = Gate(room=1)
+    gate, crowded = Gate(room=1), make_entry("crowded")
     scheduler = make_scheduler(gate=gate, max_num_seqs=2)
     if loading:
-        gate.loading.add(B)
-    waiting = make_request("w", 1, max_tokens=1, adapter=B)
+        gate.loading.add(crowded)
+    waiting = make_request("w", 1, max_tokens=1, adapter=crowded)
     add(scheduler, make_request("0", 1, max_tokens=2, adapter=A), waiting)  # the rows never end at once
     for index in range(2 * MAX_PASSED):
         add(scheduler, make_request(chr(1000 + index), 1, max_tokens=3, adapter=A))
@@ -94,11 +95,12 @@ def test_nobody_is_passed_for_ever(loading: bool) -> None:
         read(scheduler, output)
     assert waiting.is_finished is not loading
     assert served == (2 * MAX_PASSED + 1 if loading else MAX_PASSED + 2)
-    assert waiting.num_passed == (0 if loading else MAX_PASSED)
+    assert crowded.num_passed == (0 if loading else MAX_PASSED)
 
 
 def test_requests_without_adapters_pass_freely() -> None:
-    gate, crowded = Gate(room=0), make_request("w", 1, adapter=A)
+    gate, entry = Gate(room=0), make_entry("w")
+    crowded = make_request("w", 1, adapter=entry)
     admission = AdapterAdmission(gate)
     admission.begin()
     assert admission.acquire(crowded) is Admission.FULL
@@ -106,4 +108,29 @@ def test_requests_without_adapters_pass_freely() -> None:
         plain: Request = make_request("p", 1)
         assert admission.acquire(plain) is Admission.READY
         admission.note_start(plain)
-    assert crowded.num_passed == 0
+    assert entry.num_passed == 0
+
+
+def test_passes_are_counted_for_all_who_wait_for_an_adapter() -> None:
+    """The first of them may give up: those behind have waited as long."""
+    gate, crowded = Gate(room=1), make_entry("crowded")
+    scheduler = make_scheduler(gate=gate, max_num_seqs=2)
+    first, second = (make_request(name, 1, max_tokens=1, adapter=crowded) for name in "vw")
+    add(scheduler, make_request("0", 1, max_tokens=2, adapter=A), first, second)  # the rows never end at once
+    for index in range(2 * MAX_PASSED):
+        add(scheduler, make_request(chr(1000 + index), 1, max_tokens=3, adapter=A))
+    served = 0
+    while not second.is_finished and (output := scheduler.schedule()) is not None:
+        served += len(output.admitted)
+        read(scheduler, output)
+        if served > MAX_PASSED // 2 and not first.is_finished:
+            scheduler.abort("v")
+    assert second.is_finished and served == MAX_PASSED + 2
+
+
+def test_an_adapter_that_is_not_there_is_looked_up_once_a_pass() -> None:
+    gate = Gate(room=1)
+    gate.loading.add(A)
+    names = [chr(1000 + index) for index in range(20)]
+    assert started("".join(names), gate=gate, adapters=dict.fromkeys(names[:19], A)) == names[19:]
+    assert gate.asked == [A]

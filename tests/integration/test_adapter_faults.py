@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from qwen2_jax.errors import AdapterError, RequestError
 from qwen2_jax.llm import LLM
+from qwen2_jax.lora.entry import AdapterEntry
 from qwen2_jax.lora.files import CONFIG, WEIGHTS
 from qwen2_jax.types import LoRARequest, RequestOutput, SamplingParams
 from tests.integration.golden import check_idle, greedy, load, tokens_of
@@ -154,6 +155,43 @@ def test_files_that_go_while_a_request_waits(llm: LLM, tmp_path: Path, fault: st
         assert isinstance(failed, AdapterError) and message in str(failed) and lost.lora_name in str(failed)
     assert plain == tokens_of(llm.generate([1, 2, 3], greedy(12), use_tqdm=False))[0][0]
     assert other == tokens_of(llm.generate([1, 2, 3], greedy(12), lora_request=others[0][0], use_tqdm=False))[0][0]
+
+
+def test_a_slow_adapter_holds_up_no_other_stream(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait for it: they wait for one thread."""
+    (slow, _), (known, _), (new, _) = make_requests(tmp_path, 3)
+    manager, may_read = llm._engine.engine.adapters, threading.Event()
+    assert manager is not None
+    manager.find(known)
+    find, asked = manager.find, []
+
+    def finding(request: LoRARequest, **options: bool) -> AdapterEntry:
+        if request == slow:
+            asked.append(request)
+            assert may_read.wait(LIMIT_S)
+        return find(request, **options)
+
+    monkeypatch.setattr(manager, "find", finding)
+
+    async def run() -> list[list[int] | AdapterError]:
+        waiting = [asyncio.create_task(last_tokens(llm, slow, greedy(3))) for _ in range(80)]
+        await asyncio.gather(*(last_tokens(llm, request, greedy(3)) for request in (None, known, new)))
+        assert not any(task.done() for task in waiting)
+        waiting[0].cancel()
+        may_read.set()
+        return await asyncio.gather(*waiting[1:])
+
+    found = asyncio.run(asyncio.wait_for(run(), LIMIT_S))
+    assert len(asked) == 1 and found[0] and all(tokens == found[0] for tokens in found)
+
+
+def test_an_output_names_the_request_that_it_answers(llm: LLM, tmp_path: Path) -> None:
+    (one, _), _ = make_requests(tmp_path, 2)
+    other = LoRARequest("another name", 4242, one.lora_path)
+    outputs = llm.generate([[1, 2, 3]] * 2, greedy(3), lora_request=[one, other], use_tqdm=False)
+    assert [output.lora_request for output in outputs] == [one, other]
+    llm.unload_lora("another name")
+    assert one.lora_name in {known.name for known in llm.list_loras()}
 
 
 async def last_tokens(llm: LLM, request: LoRARequest | None, params: SamplingParams) -> list[int] | AdapterError:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qwen2_jax.engine import program_specs
+from qwen2_jax.engine.compilation import CompilationCounter
 from qwen2_jax.llm import LLM
 from qwen2_jax.types import LoRARequest, RequestOutput, SamplingParams
 from tests.engine.processing import adapter_tensors
@@ -172,6 +173,18 @@ def test_nothing_is_compiled_when_adapters_come_and_go(llm: LLM, base: str) -> N
     assert "dora" not in {known.name for known in llm.list_loras()}
     check(run(llm, [(adapter(base, "dora"), text)])[0], text)
     assert llm.num_compilations == 0
+
+
+def test_reading_an_adapter_compiles_nothing(llm: LLM, base: str) -> None:
+    """Not in the caller's thread either, which reads the model's rows for replaced tokens."""
+    counter = CompilationCounter()
+    for name in ("tokens_embed", "tokens_both", "save_both", "dora", "bias_all"):
+        if name in {known.name for known in llm.list_loras()}:
+            llm.unload_lora(name)
+        with counter.watch():
+            llm._adapters.find(adapter(base, name), 1)
+    counter.close()
+    assert counter.count == 0
 
 
 def sampling(*, seed: int) -> SamplingParams:

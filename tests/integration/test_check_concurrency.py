@@ -36,7 +36,9 @@ def test_calls_of_both_builds_are_compared(llm: LLM, monkeypatch: pytest.MonkeyP
         lambda rng, count, length: [{"prompt_token_ids": rng.integers(0, 100, length).tolist()} for _ in range(count)],
     )
     twins = llm._engine.call(lambda engine: check_concurrency.Twins(engine.runner))
-    requests = [LoRARequest(name, index + 1, str(ADAPTERS / "untied" / name)) for index, name in enumerate(("qv", "k_up"))]
+    requests = [
+        LoRARequest(name, index + 1, str(ADAPTERS / "untied" / name)) for index, name in enumerate(("qv", "k_up"))
+    ]
     row = check_concurrency.check(llm, twins, requests, rows=3, adapters=2)
     assert row["calls"] >= 2 and row["different"] == row["different_serial"] == 0
     with pytest.raises(RuntimeError, match="ran in no program that is scheduled concurrently"):

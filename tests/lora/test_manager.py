@@ -1,6 +1,7 @@
 """Which adapters are known, in host memory and on the devices: who comes, who leaves, and what is refused."""
 
 import dataclasses
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ from qwen2_jax.lora.manager import AdapterManager
 from qwen2_jax.lora.pages import Page, Vectors
 from qwen2_jax.lora.placing import Placer
 from qwen2_jax.lora.sizes import LoRASizes
-from qwen2_jax.lora.staging import MAX_STAGED
 from qwen2_jax.types import LoRARequest
 from tests.lora.adapters import base_config, small_tensors, write_adapter
 from tests.lora.test_pages import make_layout
@@ -64,11 +64,12 @@ class Banks:
 class Adapters:
     """A manager and the folders of its adapters, each of a content of its own."""
 
-    def __init__(self, folder: Path, **sizes: int) -> None:
+    def __init__(self, folder: Path, *, max_host_bytes: int | None = None, **sizes: int) -> None:
         self.folder, self.banks = folder, Banks()
         self.layout = make_layout(base_config(), 1)
         placer = Placer(self.layout, self.banks)  # pyright: ignore[reportArgumentType]
-        self.manager = AdapterManager(base_config(), placer, dataclasses.replace(SIZES, **sizes))
+        limits = dataclasses.replace(SIZES, **sizes)
+        self.manager = AdapterManager(base_config(), placer, limits, max_host_bytes=max_host_bytes)
         self.ids: dict[str, int] = {}
 
     def write(self, name: str, *, content: str | None = None, rank: int = 2) -> Path:
@@ -92,7 +93,12 @@ class Adapters:
 
     def acquire(self, entry: AdapterEntry) -> Admission:
         """Wait until it is no longer loading."""
-        return settled(lambda: self.manager.acquire(entry), self.manager)
+        return settled(lambda: self.ask(entry), self.manager)
+
+    def ask(self, *entries: AdapterEntry) -> Admission:
+        """Ask for each in a pass, in this order; return what the last one says."""
+        self.manager.begin_pass()
+        return [self.manager.acquire(entry) for entry in entries][-1]
 
     def use(self, *entries: AdapterEntry) -> None:
         """Let each be used once, one after the other."""
@@ -188,11 +194,20 @@ def test_a_pinned_adapter_stays_without_use(adapters: Adapters) -> None:
     adapters.check()
 
 
-def test_one_content_is_one_adapter(adapters: Adapters) -> None:
-    first = adapters.new("a", content="same")
-    assert adapters.new("b", content="same") is first
-    assert adapters.new("c") is not first
-    assert adapters.manager.stats().num_registered == 2
+def test_names_with_the_same_content_do_not_depend_on_one_another(adapters: Adapters) -> None:
+    a, b = (adapters.new(name, content="same") for name in "ab")
+    assert a is not b and a.digest == b.digest and adapters.find("a") is a
+    assert [entry.request.lora_name for entry in (a, b)] == ["a", "b"]
+    shutil.rmtree(adapters.folder / "b")
+    assert adapters.manager.unload("b") and not adapters.manager.unload("b")
+    assert adapters.find("a") is a
+    adapters.use(a)
+
+
+def test_files_written_twice_are_one_adapter(adapters: Adapters) -> None:
+    first = adapters.new("a")
+    adapters.write("a")
+    assert adapters.find("a") is first and adapters.manager.stats().num_registered == 1
 
 
 def test_a_changed_folder_is_another_adapter(adapters: Adapters) -> None:
@@ -248,18 +263,6 @@ def test_an_unknown_name_names_the_nearest(adapters: Adapters) -> None:
     assert str(adapters.manager.unknown("pirat")) == "no adapter 'pirat' is loaded; loaded are none"
 
 
-def test_copies_that_nobody_wants_hold_up_nobody(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests may be aborted while their adapters are on the way."""
-    monkeypatch.setattr("qwen2_jax.lora.staging.UNWANTED_SECONDS", 0.0)
-    adapters.banks.may_copy.clear()
-    entries = [adapters.new(name) for name in "abcdef"]
-    assert [adapters.manager.acquire(entry) for entry in entries] == [LOADING] * 6
-    assert sum(entry.staged is not None for entry in entries) == MAX_STAGED
-    adapters.banks.may_copy.set()
-    adapters.use(adapters.new("g"))
-    adapters.check()
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_random_use_loses_nothing(make: Callable[..., Adapters], seed: int) -> None:
     adapters, rng = make(num_pages=4, max_on_host=3), np.random.default_rng(seed)
@@ -272,7 +275,7 @@ def test_random_use_loses_nothing(make: Callable[..., Adapters], seed: int) -> N
             known.append(adapters.find(name))
         elif action == "acquire" and known:
             entry = known[rng.integers(len(known))]
-            outcome = (adapters.manager.acquire if rng.random() < 0.3 else adapters.acquire)(entry)
+            outcome = (adapters.ask if rng.random() < 0.3 else adapters.acquire)(entry)
             assert outcome is not FAILED
             in_use += [entry] * (outcome is READY)
         elif action == "release" and in_use:

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,11 +69,15 @@ def test_bank_bytes_are_those_that_are_allocated(tp: int) -> None:
     assert taken <= reckoned <= 1.1 * taken if tp == 1 else taken / 2 <= reckoned < 0.9 * taken
 
 
-def test_the_host_keeps_what_half_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = 4 * 3 * (_REPLICATED + _SPLIT) * 4
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * each))
-    assert make(max_loras=3).max_on_host == 10
-    assert make(max_loras=12).max_on_host == 12
+def test_copies_on_their_way_are_reckoned_with() -> None:
+    sizes = make(max_loras=9, max_lora_rank=40, max_vocab_loras=3, max_full_vocab=2)
+    copies = make(max_loras=4, max_lora_rank=40, max_vocab_loras=4, max_full_vocab=2)
+    assert sizes.staging_bytes(CONFIG, "bfloat16", 1, 4) == copies.bank_bytes(CONFIG, "bfloat16", 1)
+    assert (
+        0
+        < make(max_loras=1).staging_bytes(CONFIG, "bfloat16", 1, 4)
+        < 4.1 * make(max_loras=1).bank_bytes(CONFIG, "bfloat16", 1)
+    )
 
 
 def test_a_device_that_does_not_tell_its_memory_has_room_for_eight() -> None:
