@@ -15,7 +15,16 @@ from qwen2_jax.engine.engine import Output
 from qwen2_jax.engine.input_processor import ProcessedInput, Prompt
 from qwen2_jax.errors import ConfigError
 from qwen2_jax.llm_adapters import Adapters, LoadedLoRA, LoRARequests
-from qwen2_jax.llm_inputs import as_list, check_length, generation_defaults, normalized, read_tokenizer
+from qwen2_jax.llm_inputs import (
+    as_list,
+    check_length,
+    check_template_variables,
+    checked_overrides,
+    generation_defaults,
+    normalized,
+    params_per_prompt,
+    read_tokenizer,
+)
 from qwen2_jax.lora.entry import AdapterStats
 from qwen2_jax.models.hub import resolve
 from qwen2_jax.text.tokenizer import Tokenizer
@@ -68,7 +77,7 @@ class LLM:
             )
             self._tokenizer = read_tokenizer(source)
         self._generation_config = generation_defaults(generation_config, checkpoint.generation_config)
-        self._generation_config |= override_generation_config or {}
+        self._generation_config |= checked_overrides(override_generation_config or {})
         engine, self.model_config, self.config = build_engine(
             path,
             load,
@@ -106,7 +115,8 @@ class LLM:
         """
         prompts = as_list(prompts)
         adapters = self._adapters.find(lora_request, len(prompts))
-        params = self._params_per_prompt(sampling_params, len(prompts))
+        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = params_per_prompt(given, len(prompts))
         priorities = [0] * len(prompts) if priority is None else list(priority)
         check_length("priority", len(priorities), len(prompts))
         sources = [
@@ -144,7 +154,7 @@ class LLM:
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+                **check_template_variables(chat_template_kwargs or {}),
             )
             for conversation in conversations
         ]
@@ -253,16 +263,6 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the engine and free the device's memory; the object cannot be used after that."""
         self._engine.shutdown()
-
-    def _params_per_prompt(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if params is None:
-            params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        check_length("sampling_params", len(params), count)
-        return list(params)
 
     def _chat_prompt(self, messages: Sequence[Message], **options: Any) -> Prompt:
         tokenizer = self.get_tokenizer()

@@ -7,10 +7,16 @@ from typing import Any, cast
 import numpy as np
 
 from qwen2_jax.engine.input_processor import Prompt
-from qwen2_jax.errors import ConfigError, RequestError
+from qwen2_jax.errors import ConfigError, RequestError, nearest
 from qwen2_jax.models.checkpoint import read_json
+from qwen2_jax.request_checks import check_instance, check_list
+from qwen2_jax.sampling_params import GENERATION_CONFIG_FIELDS
 from qwen2_jax.text.tokenizer import Tokenizer
-from qwen2_jax.types import EmbeddingOutput, EmbeddingRequestOutput
+from qwen2_jax.types import EmbeddingOutput, EmbeddingRequestOutput, SamplingParams
+
+_EOS = "eos_token_id"
+"""What ends an answer, of a generation config."""
+_CHAT_ARGUMENTS = ("messages", "tools", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message")
 
 
 def read_tokenizer(source: Path | dict[str, Any]) -> Tokenizer:
@@ -32,6 +38,45 @@ def generation_defaults(choice: str, of_model: Mapping[str, Any]) -> dict[str, A
             f"generation_config={choice!r} is not 'auto', 'vllm', or a folder with generation_config.json"
         )
     return read_json(path)
+
+
+def checked_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is laid over a model's defaults; `ConfigError` for a name or a value that is none of theirs."""
+    known = [*GENERATION_CONFIG_FIELDS, _EOS]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"override_generation_config has {name!r}{nearest(name, known)}; use {', '.join(known)}, and "
+                "SamplingParams for what belongs to a request"
+            )
+    try:
+        SamplingParams.from_defaults(given)
+    except RequestError as error:
+        raise ConfigError(f"override_generation_config: {error}") from error
+    return dict(given)
+
+
+def params_per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """Return each prompt's parameters; one for all is for each. Raises `RequestError` for what are none."""
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    listed = list(check_list("sampling_params", params))
+    check_length("sampling_params", len(listed), count)
+    for each in listed:
+        check_instance("sampling_params", each, SamplingParams, "a SamplingParams, or a list of one per prompt")
+    return listed
+
+
+def check_template_variables(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a chat template's variables; `RequestError` for one that `chat` has an argument of its own for."""
+    for name in given:
+        if name in _CHAT_ARGUMENTS:
+            raise RequestError(
+                f"chat_template_kwargs has {name!r}, which is no variable of a template; pass chat({name}=...) instead"
+                if name != "tokenize"
+                else "chat_template_kwargs has 'tokenize', which chat does itself; leave it out"
+            )
+    return given
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """Checks of single values in a request; each raises `RequestError` naming the value and what is allowed."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from qwen2_jax.errors import RequestError
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """Return `value` if it is a finite number in [low, high], or in (low, high] with `open_low`."""
     allowed = f"a finite number in {'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise RequestError(f"{name}={value!r} is not allowed; use {allowed}")
     if value < low or value > high or (open_low and value == low):
         raise RequestError(f"{name}={value!r} is out of range; use {allowed}")
@@ -38,6 +39,15 @@ def check_list(name: str, value: object) -> Iterable[Any]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise RequestError(f"{name}={value!r} is not allowed; use a list")
     return value
+
+
+def check_distinct(name: str, value: object) -> tuple[Any, ...]:
+    """Return the entries of a list, each once; `None` is an empty one."""
+    given = () if value is None else check_list(name, value)
+    try:
+        return tuple(dict.fromkeys(given))
+    except TypeError as error:
+        raise RequestError(f"{name}={value!r} is not allowed; use a list of strings or numbers") from error
 
 
 def check_logit_bias(given: object) -> dict[int, float]:

@@ -7,7 +7,14 @@ from enum import Enum
 from typing import Any, Self
 
 from qwen2_jax.errors import RequestError, nearest
-from qwen2_jax.request_checks import check_instance, check_integer, check_list, check_logit_bias, check_number
+from qwen2_jax.request_checks import (
+    check_distinct,
+    check_instance,
+    check_integer,
+    check_list,
+    check_logit_bias,
+    check_number,
+)
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one mean greedy decoding, as in vLLM."""
@@ -88,7 +95,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once per occurrence in the output; in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides positive (multiplies negative) logits of tokens in the prompt or the output; above 0, 1 is off."""
+    """Divides positive (multiplies negative) logits of tokens in the prompt or the output; in [1e-6, 1e6], 1 is off."""
     temperature: float = 1.0
     """Divides the logits; in [0, 2], 0 (below 1e-5) is greedy."""
     top_p: float = 1.0
@@ -199,12 +206,8 @@ class SamplingParams:
     def verify(self, *, vocab_size: int, max_logprobs: int = -1) -> None:
         """Check against a model what cannot be checked without one.
 
-        Args:
-            vocab_size: number of token ids that the model knows.
-            max_logprobs: the most log-probabilities that a request may ask for per token; -1 means `vocab_size`.
-
-        Raises:
-            RequestError: a token id is outside the vocabulary, or more log-probabilities are asked for than allowed.
+        `max_logprobs` is how many log-probabilities a request may ask for per token; -1 means `vocab_size`. Raises
+        `RequestError` for a token id outside the vocabulary, and for more log-probabilities than allowed.
         """
         for name in (*_TOKEN_ID_FIELDS, "logit_bias"):
             for token_id in getattr(self, name) or ():
@@ -222,7 +225,7 @@ class SamplingParams:
     def _normalise(self) -> None:
         self._set(stop=(self.stop,) if isinstance(self.stop, str) else self.stop)
         for name in _LIST_FIELDS:
-            self._set(**{name: tuple(dict.fromkeys(check_list(name, getattr(self, name) or ())))})
+            self._set(**{name: check_distinct(name, getattr(self, name))})
         for name in ("allowed_token_ids", "logprob_token_ids"):
             if (ids := getattr(self, name)) is not None:
                 self._set(**{name: tuple(check_list(name, ids))})
@@ -236,7 +239,7 @@ class SamplingParams:
         check_integer("n", self.n, 1, MAX_N)
         check_number("presence_penalty", self.presence_penalty, -2, 2)
         check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        check_number("repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         check_number("temperature", self.temperature, 0, 2)
         check_number("top_p", self.top_p, 0, 1, open_low=True)
         check_number("min_p", self.min_p, 0, 1)

@@ -1,6 +1,7 @@
 """Runs an engine in a thread of its own, so that callers of any kind (threads, event loops) can share it."""
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import logging
@@ -34,6 +35,8 @@ class AsyncEngine:
         self._gate = threading.Lock()  # nothing enters the inbox once `_error` is set
         self._thread = threading.Thread(target=self._serve, name="qwen2_jax engine", daemon=True)
         self._thread.start()
+        # A thread that is inside JAX while the interpreter is taken down aborts the process.
+        atexit.register(self.shutdown)
 
     def new_request_id(self) -> str:
         """Return an id that no other request of this engine has."""
@@ -92,6 +95,7 @@ class AsyncEngine:
 
     def shutdown(self) -> None:
         """Stop the thread and let go of the device's memory. Requests that are unfinished get an `EngineDeadError`."""
+        atexit.unregister(self.shutdown)
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
@@ -132,11 +136,12 @@ class AsyncEngine:
 
     def _add(self, requests: list[tuple[ProcessedInput, Listener]]) -> None:
         for source, listener in requests:
-            self._listeners[source.request_id] = listener
             try:
                 self.engine.add(source)
             except Qwen2JaxError as error:
-                self._tell(source.request_id, self._listeners.pop(source.request_id), error)
+                self._tell(source.request_id, listener, error)
+            else:
+                self._listeners[source.request_id] = listener
 
     def _deliver(self, output: Output) -> None:
         listener = self._listeners[output.request_id]
@@ -148,11 +153,11 @@ class AsyncEngine:
             self.engine.abort(output.request_id)
 
     def _tell(self, request_id: str, listener: Listener, output: Output | BaseException) -> bool:
-        """Call a listener and return whether it could take `output`."""
+        """Call a listener and return whether it could take `output`; one that cannot ends its own request alone."""
         try:
             listener(output)
-        except RuntimeError as error:  # the caller's event loop has been closed
-            logger.warning("request %s: nobody listens any more (%s)", request_id, error)
+        except Exception:  # the caller's event loop has been closed, say
+            logger.warning("request %s: its listener failed and is told nothing more", request_id, exc_info=True)
             return False
         return True
 
@@ -161,7 +166,10 @@ class AsyncEngine:
         while not self._inbox.empty():
             command = self._inbox.get()
             if command is not None:
-                command()
+                try:
+                    command()
+                except Exception:
+                    logger.exception("a command failed after the engine had stopped")
         for request_id, listener in self._listeners.items():
             error = EngineDeadError("the engine stopped before this request was finished")
             error.__cause__ = self._error

@@ -29,6 +29,11 @@ from qwen2_jax.lora.sizes import LoRASizes
 _CHANGE_LOGITS = ("temperature", "has_logit_bias", "presence_penalty", "frequency_penalty")
 _PER_CALL = ("row_indices", "sample_positions", "last_positions", "output_indices")
 
+_ALL_TOKENS = np.iinfo(np.int32).max
+"""More than any vocabulary has."""
+_SMALLEST = float(np.finfo(np.float32).tiny)
+"""Of what is above 0 and stays so in float32."""
+
 
 class BatchBuilder:
     """Builds the inputs of decode calls, prefill steps and the sampling behind these."""
@@ -55,11 +60,11 @@ class BatchBuilder:
             "prompt_lens": request.num_prompt_tokens,
             "seeds_low": np.uint32(seed & 0xFFFFFFFF).view(np.int32),
             "seeds_high": np.uint32(seed >> 32 & 0xFFFFFFFF).view(np.int32),
-            "top_k": max(params.top_k, 0),
+            "top_k": min(max(params.top_k, 0), _ALL_TOKENS),
             "has_logit_bias": 0,
             "num_logprobs": -1 if params.num_logprobs is None else 1,
             "temperature": 0.0 if params.is_greedy else params.temperature,
-            "top_p": params.top_p,
+            "top_p": max(params.top_p, _SMALLEST),
             "min_p": params.min_p,
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,

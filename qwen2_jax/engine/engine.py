@@ -14,7 +14,7 @@ from qwen2_jax.engine.request import Request
 from qwen2_jax.engine.schedule import SchedulerOutput
 from qwen2_jax.engine.scheduler import Scheduler
 from qwen2_jax.engine.step_results import Launched, RowResult
-from qwen2_jax.errors import AdapterError
+from qwen2_jax.errors import AdapterError, RequestError
 from qwen2_jax.lora.manager import AdapterManager
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import ClassificationRequestOutput, EmbeddingRequestOutput, RequestOutput
@@ -53,7 +53,11 @@ class Engine:
         return bool(self._groups) or bool(self._in_flight)
 
     def add(self, source: ProcessedInput) -> None:
-        """Queue a request."""
+        """Queue a request; raises `RequestError`, and nothing happens, for one that can never run or an id in use."""
+        if source.request_id in self._groups:
+            raise RequestError(f"request_id {source.request_id!r} belongs to an unfinished request; use another")
+        for request in source.sequences:
+            self.scheduler.check(request)
         group = GroupOutput.start(source, self._tokenizer)
         for index, request in enumerate(source.sequences):
             self.scheduler.add(request)

@@ -5,6 +5,7 @@ Here the key is made of what the program is made from: this package's sources, t
 the configurations. The files are as trustworthy as the folder that they lie in: the user's cache folder, like JAX's.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -12,6 +13,7 @@ import importlib.metadata
 import logging
 import os
 import pickle
+import uuid
 from importlib import resources
 from pathlib import Path
 
@@ -43,15 +45,26 @@ class ExecutableCache:
     def read(self, name: str) -> bytes | None:
         """Return what was written as `name`, if it was."""
         path = self._path(name)
-        return path.read_bytes() if path.exists() else None
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("%s cannot be read (%s)", path, error)
+            return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Keep `data` as `name`; another process sees all of it or none."""
+        """Keep `data` as `name`; another process sees all of it or none. A folder that takes nothing is reported."""
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
+        unfinished = path.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        except OSError as error:
+            logger.warning("%s cannot be kept (%s): the next start compiles again", name, error)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
     def load(self, name: str) -> jax.stages.Compiled | None:
         """Return the program kept as `name`; one that cannot be loaded is reported and counts as missing."""
@@ -62,7 +75,7 @@ class ExecutableCache:
             return deserialize_and_load(
                 *pickle.loads(data), backend=None, execution_devices=list(self._mesh.devices.flat)
             )
-        except (pickle.UnpicklingError, EOFError, ValueError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:  # a damaged pickle may ask for anything
             logger.warning("compiling %s again: %s cannot be loaded (%s)", name, self._path(name), error)
             return None
 

@@ -14,7 +14,7 @@ from qwen2_jax.engine.logit_bias import LogitBias, ThinkingTokens
 from qwen2_jax.engine.request import Request
 from qwen2_jax.errors import AdapterError, RequestError, nearest
 from qwen2_jax.lora.entry import AdapterEntry
-from qwen2_jax.request_checks import check_instance, check_list
+from qwen2_jax.request_checks import check_instance, check_integer, check_list
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import SamplingParams
 
@@ -61,17 +61,19 @@ class InputProcessor:
         """Return a generation request. Raises `RequestError` for a prompt or parameters that cannot be served."""
         if self._model.is_embedding_model:
             raise RequestError(f"{self._model.architecture} gives embeddings and cannot generate; use embed")
-        check_instance("priority", priority, int, "an integer")
+        self._check_priority(priority)
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids, self._config.max_model_len - 1)
         params.verify(vocab_size=self._model.vocab_size, max_logprobs=self._config.max_logprobs)
         if self._tokenizer is None and params.detokenize:
             raise RequestError("there is no tokenizer (skip_tokenizer_init=True); use SamplingParams(detokenize=False)")
         sequences: list[Request] = []
+        bias = self._logit_bias(params) if _changes_logits(params) else None
         for index in range(params.n):
             name = request_id if params.n == 1 else f"{index}_{request_id}"
             leader = sequences[0] if sequences else None
-            sequences.append(self._sequence(name, token_ids, params, index, leader, priority, adapter))
+            own_bias = bias if bias is None or leader is None else bias.fork()
+            sequences.append(self._sequence(name, token_ids, params, index, leader, priority, adapter, own_bias))
         return ProcessedInput(request_id=request_id, prompt=text, sequences=tuple(sequences), params=params)
 
     def embedding(
@@ -80,7 +82,7 @@ class InputProcessor:
         """Return an embedding request. Raises `RequestError` for a prompt that cannot be served."""
         if not self._model.is_embedding_model:
             raise RequestError(f"{self._model.architecture} generates text; use LLM(..., runner='pooling') to embed")
-        check_instance("priority", priority, int, "an integer")
+        self._check_priority(priority)
         return self._pooling(request_id, prompt, priority, adapter, use_prefix_cache=False)
 
     def classification(
@@ -103,7 +105,7 @@ class InputProcessor:
                 f"adapter {adapter.request.lora_name!r} has no classification head, and neither has {model}, a causal "
                 f"language model; use an adapter that has one ({needs})"
             )
-        check_instance("priority", priority, int, "an integer")
+        self._check_priority(priority)
         return self._pooling(request_id, prompt, priority, adapter, use_prefix_cache=True, score=adapter.score)
 
     def _pooling(
@@ -141,8 +143,8 @@ class InputProcessor:
         leader: Request | None,
         priority: int,
         adapter: AdapterEntry | None,
+        bias: LogitBias | None,
     ) -> Request:
-        bias = self._logit_bias(params) if _changes_logits(params) else None
         seed = self._seeds.getrandbits(64) if params.seed is None else (params.seed + index) & (2**64 - 1)
         return Request(
             request_id=request_id,
@@ -180,6 +182,15 @@ class InputProcessor:
         if self._tokenizer is None:
             raise RequestError("there is no tokenizer (skip_tokenizer_init=True); pass prompt_token_ids")
         return text, self._tokenizer.encode(text)
+
+    def _check_priority(self, priority: int) -> None:
+        check_integer("priority", priority, -(2**63), 2**63 - 1)
+        policy = self._config.config.scheduling_policy
+        if priority and policy != "priority":
+            raise RequestError(
+                f"priority={priority} has no effect under scheduling_policy={policy!r}; leave it out, or start with "
+                "scheduling_policy='priority'"
+            )
 
     def _check_prompt(self, token_ids: list[int], limit: int) -> None:
         if not 1 <= len(token_ids) <= limit:

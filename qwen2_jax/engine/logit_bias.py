@@ -4,6 +4,7 @@ All of it becomes one vector of the vocabulary's size that the sampler adds to t
 a token. The vector is made on the host and goes to the device only when it changes.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,15 @@ class LogitBias:
             )
         self._fixed = fixed
         self._is_fixed_empty = not fixed.any()
+        self._num_allowed = int(np.count_nonzero(~np.isneginf(fixed)))
         self._sent: frozenset[int] | int | None = None
+        self._num_seen = 0
+        self._thought: int | None = None
+        """Tokens since the last that opens thinking, if that is open."""
+
+    def fork(self) -> "LogitBias":
+        """Return the same for another output of the prompt; what does not change is shared."""
+        return copy.copy(self)
 
     @property
     def is_synchronous(self) -> bool:
@@ -102,15 +111,24 @@ class LogitBias:
             for word in self._bad_words
             if len(outputs) >= len(word) - 1 and tuple(outputs[len(outputs) - len(word) + 1 :]) == word[:-1]
         }
-        return self._stop_token_ids | endings if num_outputs < self._min_tokens else frozenset(endings)
+        stops = self._stop_token_ids if num_outputs < self._min_tokens else frozenset()
+        # Where bad words leave nothing to sample, they give way: what is not allowed must not be sampled either.
+        forbidden = stops | endings
+        if len(forbidden) >= self._num_allowed and np.isneginf(np.delete(self._fixed, list(forbidden))).all():
+            return stops
+        return forbidden
 
     def _forced(self, request: Request) -> int | None:
         """Return the closing token if the thinking that is open has spent its budget."""
         if self._thinking is None:
             return None
-        for spent, token in enumerate(reversed(request.prompt_token_ids + request.output_token_ids)):
-            if token == self._thinking.end:
-                return None
+        for token in request.tokens(self._num_seen, request.num_tokens):
             if token == self._thinking.start:
-                return self._thinking.end if spent >= self._thinking.budget else None
-        return None
+                self._thought = 0
+            elif token == self._thinking.end:
+                self._thought = None
+            elif self._thought is not None:
+                self._thought += 1
+        self._num_seen = request.num_tokens
+        spent = self._thought is not None and self._thought >= self._thinking.budget
+        return self._thinking.end if spent else None

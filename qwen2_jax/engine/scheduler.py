@@ -80,7 +80,12 @@ class Scheduler:
         return 1.0 - self.blocks.pool.num_free / self.blocks.pool.num_usable
 
     def add(self, request: Request) -> None:
-        """Queue a new request; `RequestError` if its id is taken or its prompt can never run."""
+        """Queue a new request that `check` lets pass."""
+        self.check(request)
+        self._queues.add(request)
+
+    def check(self, request: Request) -> None:
+        """Raise `RequestError` if the id of a new request is taken or its prompt can never run."""
         if self._queues.get(request.request_id) is not None:
             raise RequestError(f"request_id {request.request_id!r} belongs to an unfinished request; use another")
         prompt_len, limit = request.num_prompt_tokens, self.config.max_model_len - (not request.is_pooling)
@@ -88,12 +93,10 @@ class Scheduler:
             limit = min(limit, self.config.max_num_batched_tokens)
         if not 1 <= prompt_len <= limit:
             raise RequestError(f"the prompt has {prompt_len} tokens; this request may have 1 to {limit}")
-        self._queues.add(request)
 
     def abort(self, request_id: str) -> Request | None:
         """End an unfinished request early and return it; None if there is none of that id."""
-        request = self._queues.get(request_id)
-        if request is not None:
+        if (request := self._queues.get(request_id)) is not None:
             self.finish(request, "abort")
         return request
 
@@ -136,10 +139,9 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing happens, while requests that hold such blocks run."""
-        if self._queues.running:
-            return False
-        self.blocks.prefix_cache.reset()
-        return True
+        if not self._queues.running:
+            self.blocks.prefix_cache.reset()
+        return not self._queues.running
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if a block, a row or a request is lost or in two places."""
@@ -278,8 +280,7 @@ class Scheduler:
         request.output_token_ids += tokens[:passing]
         for token in tokens[passing:]:
             request.output_token_ids.append(token)
-            stop = check_token_stop(request)
-            if stop is not None:
+            if (stop := check_token_stop(request)) is not None:
                 break
         num_done = row.start + row.num_tokens + max(len(tokens) - 1, 0)
         if row.num_preemptions == request.num_preemptions:

@@ -39,7 +39,7 @@ class Launched:
         pooled: jax.Array | None = None,
     ) -> None:
         self.output = output
-        wants = any(_num_logprobs(row) is not None for row in output.rows)
+        wants = any(row.samples and _num_logprobs(row) is not None for row in output.rows)
         names = ("token_ids", *(_LOGPROB_FIELDS if wants else ()))
         self._samples = {} if samples is None else {name: samples[name] for name in names}
         self._prompt_logprobs = prompt_logprobs

@@ -31,9 +31,9 @@ def check_token_stop(request: Request) -> Stop | None:
     detection = params.repetition_detection
     if past_min_tokens and detection is not None:
         smallest = max(detection.min_pattern_size, 1)
-        if any(
-            ends_in_repetition(outputs, n, detection.min_count) for n in range(smallest, detection.max_pattern_size + 1)
-        ):
+        # Longer patterns do not fit: a limit of millions must not be counted up to at each token.
+        largest = min(detection.max_pattern_size, len(outputs) // max(detection.min_count, 1))
+        if any(ends_in_repetition(outputs, n, detection.min_count) for n in range(smallest, largest + 1)):
             return Stop("repetition", "repetition_detected")
     return None
 

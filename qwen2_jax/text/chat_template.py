@@ -60,8 +60,11 @@ def select_chat_template(templates: ChatTemplate | None, requested: str | None, 
     """
     named = templates if isinstance(templates, Mapping) else {}
     if requested is not None:
-        if requested not in named and named and "{" not in requested:
-            raise RequestError(f"unknown chat template {requested!r}{nearest(requested, named)}; use {sorted(named)}")
+        if requested not in named and "{" not in requested:
+            known = f"one of {sorted(named)}, or " if named else ""
+            raise RequestError(
+                f"unknown chat template {requested!r}{nearest(requested, named)}; use {known}a template's own text"
+            )
         return named.get(requested, requested)
     if isinstance(templates, str):
         return templates
@@ -136,7 +139,10 @@ def _plain_message(message: Any) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     if isinstance(message.get("content"), list):
         message["content"] = "\n".join(_text_part(part) for part in message["content"])
-    for call in message.get("tool_calls", ()):
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise RequestError(f"tool_calls={calls!r} is not a list; use a list of calls, each a dict with a function")
+    for call in calls:
         _parse_arguments(call)
     return message
 

@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_other_facts_are_another_program(tmp_path: Path) -> None:
     assert run(ExecutableCache(tmp_path, MESH, "another"), 5.0) == 5.0
 
 
-@pytest.mark.parametrize("damage", [b"", b"no pickle", None])
+@pytest.mark.parametrize("damage", [b"", b"no pickle", None, b"cno_module\nno_name\n.", b"cjax\nno_name\n."])
 def test_a_broken_file_is_reported_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes | None
 ) -> None:
@@ -60,6 +61,22 @@ def test_a_broken_file_is_reported_and_made_again(
     with caplog.at_level(logging.WARNING):
         assert run(ExecutableCache(tmp_path, MESH, "model"), 5.0) == 5.0
     assert f"{path} cannot be loaded" in caplog.text
+
+
+def test_a_folder_that_takes_nothing_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert run(ExecutableCache(tmp_path / "file", MESH, "model"), 3.0) == 3.0
+    assert "cannot be kept" in caplog.text
+
+
+def test_many_may_write_at_once(tmp_path: Path) -> None:
+    cache, data = ExecutableCache(tmp_path, MESH), [bytes([index]) * 100_000 for index in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            list(threads.map(lambda each: cache.write("name", each), data))
+            assert cache.read("name") in data
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_the_compiler_gave_before_is_not_kept_twice(tmp_path: Path) -> None:

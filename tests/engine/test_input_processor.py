@@ -133,16 +133,18 @@ def test_seeds() -> None:
 
 
 def test_ends_priorities_and_limits() -> None:
-    processor = make_processor(eos=(EOS, 7))
+    processor = make_processor(eos=(EOS, 7), engine={"scheduling_policy": "priority"})
     (request,) = processor.generation("r", "hi", SamplingParams(), priority=-3).sequences
     assert (request.eos_token_ids, request.priority, request.max_model_len) == ((EOS, 7), -3, 64)
     assert generation(processor=processor, ignore_eos=True).sequences[0].eos_token_ids == ()
     with pytest.raises(RequestError, match="priority='high' is not allowed; use an integer"):
         processor.generation("r", "hi", SamplingParams(), priority="high")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RequestError, match="priority=1 has no effect under scheduling_policy='fcfs'"):
+        make_processor().generation("r", "hi", SamplingParams(), priority=1)
 
 
 def test_embeddings() -> None:
-    processor = make_processor(model=EMBEDDINGS)
+    processor = make_processor(model=EMBEDDINGS, engine={"scheduling_policy": "priority"})
     processed = processor.embedding("e", [1] * 64, priority=2)
     (request,) = processed.sequences
     assert processed.params is None and request.is_pooling
@@ -154,7 +156,8 @@ def test_embeddings() -> None:
 
 
 def test_classifications() -> None:
-    entry, processor = make_entry("topics", score=np.zeros((3, 64), np.float32)), make_processor()
+    entry = make_entry("topics", score=np.zeros((3, 64), np.float32))
+    processor = make_processor(engine={"scheduling_policy": "priority"})
     processed = processor.classification("c", [1] * 64, priority=2, adapter=entry)
     (request,) = processed.sequences
     assert processed.params is None and request.is_pooling and processed.score is entry.score

@@ -142,14 +142,15 @@ def test_parameters_that_leave_no_token_are_refused(params: dict[str, Any]) -> N
 def test_a_spent_budget_ends_the_thinking() -> None:
     request = make_request(thinking_token_budget=2)
     assert request.synchronous
-    assert update(request, 5, 5, 5) == (False, None)
+    assert update(make_request(thinking_token_budget=2), 5, 5, 5) == (False, None)
     assert update(request, THINK) == (False, None)
     assert update(request, THINK, 5) == (False, None)
     assert update(request, THINK, 5, 5) == (True, only(THINK_END))
     assert update(request, THINK, 5, 5, 5) == (True, None)
-    assert update(request, THINK, 5, 5, THINK_END) == (False, None)
-    assert update(request, THINK, 5, 5, THINK_END, 5, 5, 5) == (False, None)
-    assert update(request, THINK, 5, 5, THINK_END, THINK, 5, 5) == (True, None)
+    assert update(request, THINK, 5, 5, 5, THINK_END) == (False, None)
+    assert update(request, THINK, 5, 5, 5, THINK_END, 5, 5, 5) == (False, None)
+    assert update(request, THINK, 5, 5, 5, THINK_END, 5, 5, 5, THINK, 5) == (False, None)
+    assert update(request, THINK, 5, 5, 5, THINK_END, 5, 5, 5, THINK, 5, 5) == (True, None)
 
 
 def test_thinking_that_the_prompt_opens_counts() -> None:
@@ -165,6 +166,25 @@ def test_the_forced_end_wins_over_everything_else() -> None:
     assert update(request) == (True, only(3, 4))
     assert update(request, 3) == (True, only(THINK_END))
     assert update(request, 3, THINK_END) == (True, only(3, 4))
+
+
+def test_bad_words_give_way_where_nothing_else_is_left() -> None:
+    """What is not allowed must not be sampled, whatever the words."""
+    words = [(3, 3), (3, 4), (4, 3)]
+    facts: dict[str, Any] = {"logit_bias": {}, "min_tokens": 0, "stop_token_ids": (), "thinking": None}
+    bias, request = LogitBias(VOCAB_SIZE, allowed_token_ids=[3, 4], bad_words=words, **facts), make_request()
+    for outputs, allowed in (([], {3, 4}), ([4], {4}), ([4, 3], {3, 4})):
+        request.output_token_ids = outputs
+        is_present, vector = bias.update(request, len(outputs))
+        assert is_present and vector is not None and set(np.flatnonzero(vector == 0)) == allowed
+
+
+def test_outputs_of_a_prompt_share_what_does_not_change() -> None:
+    first, second = (
+        bias_of(request) for request in generation(n=2, seed=1, allowed_token_ids=[3, 4], min_tokens=2).sequences
+    )
+    assert first is not second and first._fixed is second._fixed
+    assert first.update(make_request(), 0)[1] is not None and second.update(make_request(), 0)[1] is not None
 
 
 def test_an_end_of_thinking_needs_its_tokens() -> None:

@@ -94,6 +94,12 @@ def test_repetition_ends_a_request_after_the_other_conditions() -> None:
     assert stop_of([1, 8, 9, 8, 9, 8, 9], replace(params, max_tokens=7)) == LENGTH
 
 
+def test_a_limit_of_millions_takes_no_time() -> None:
+    patterns = RepetitionDetectionParams(max_pattern_size=10**12, min_count=2)
+    assert stop_of([1, 8, 9], SamplingParams(repetition_detection=patterns)) is None
+    assert stop_of([1, 8, 9, 8, 9], SamplingParams(repetition_detection=patterns)) is not None
+
+
 def test_smallest_pattern_counts_as_one_and_zero_switches_off() -> None:
     single = RepetitionDetectionParams(max_pattern_size=3, min_count=4)
     assert stop_of([1, 8, 8, 8, 8], SamplingParams(repetition_detection=single)) is not None

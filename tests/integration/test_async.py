@@ -4,6 +4,9 @@ import asyncio
 import gc
 import itertools
 import queue
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +17,10 @@ import pytest
 from qwen2_jax.engine.async_engine import EngineDeadError
 from qwen2_jax.engine.schedule import SchedulerOutput
 from qwen2_jax.engine.step_results import Launched
+from qwen2_jax.errors import RequestError
 from qwen2_jax.llm import LLM
 from qwen2_jax.types import RequestOutput, RequestOutputKind, SamplingParams
-from tests.integration.golden import check_idle, greedy, load, tokens_of
+from tests.integration.golden import GOLDEN, check_idle, greedy, load, tokens_of
 
 pytestmark = pytest.mark.slow
 
@@ -112,18 +116,69 @@ def test_generate_from_several_threads(llm: LLM) -> None:
     check_idle(llm)
 
 
-def test_a_listener_whose_loop_is_closed_holds_up_nobody(llm: LLM) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("Event loop is closed"), ValueError("a listener's own")])
+def test_a_listener_that_fails_holds_up_nobody(llm: LLM, error: Exception) -> None:
     engine = llm._engine
     inputs, answers = engine.engine.inputs, queue.SimpleQueue()
 
     def gone(_: object) -> None:
-        raise RuntimeError("Event loop is closed")
+        raise error
 
     lost = inputs.generation(engine.new_request_id(), "hi", PARAMS)
     heard = inputs.generation(engine.new_request_id(), "hi", PARAMS.replace(output_kind=RequestOutputKind.FINAL_ONLY))
     engine.submit([(lost, gone), (heard, answers.put)])
     assert answers.get(timeout=LIMIT_S).finished
     check_idle(llm)
+
+
+@pytest.mark.parametrize("first, second", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_an_id_in_use_is_refused_and_its_request_goes_on(llm: LLM, first: int, second: int) -> None:
+    inputs, answers, refused = llm._engine.engine.inputs, queue.SimpleQueue(), queue.SimpleQueue()
+    params = SamplingParams(max_tokens=30, seed=1, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
+    one, other = (inputs.generation("same", "hi", params.replace(n=n)) for n in (first, second))
+    llm._engine.submit([(one, answers.put), (other, refused.put)])
+    assert isinstance(refused.get(timeout=LIMIT_S), RequestError)
+    assert len(answers.get(timeout=LIMIT_S).outputs) == first
+    check_idle(llm)
+
+
+def test_log_probabilities_wait_for_their_prompt(llm: LLM) -> None:
+    """A chunk of a prompt whose answer has them runs beside greedy rows that have none."""
+    params = [greedy(12), greedy(4, logprobs=1)]
+    outputs = llm.generate([[1, 2, 3], [5] * 60], params, use_tqdm=False)
+    alone = llm.generate([[5] * 60], params[1], use_tqdm=False)
+    assert outputs[0].outputs[0].logprobs is None and outputs[1].outputs[0].token_ids == alone[0].outputs[0].token_ids
+    assert outputs[1].outputs[0].logprobs is not None and len(outputs[1].outputs[0].logprobs) == 4
+
+
+def test_more_than_any_vocabulary_is_all_of_it(llm: LLM) -> None:
+    params = SamplingParams(seed=3, max_tokens=6, ignore_eos=True)
+    several = [params, params.replace(top_k=2**40), params.replace(top_k=2**31), params.replace(top_p=1e-60)]
+    *same, likeliest = tokens_of(llm.generate(["hi"] * 4, several, use_tqdm=False))
+    assert same[0] == same[1] == same[2]
+    assert [likeliest] == tokens_of(llm.generate("hi", greedy(6), use_tqdm=False))
+
+
+@pytest.mark.parametrize("ending", ["threading.Thread(target=run, daemon=True).start()", "interrupt()"])
+def test_the_process_ends_well_while_requests_run(ending: str) -> None:
+    code = f"""
+import _thread, threading, time
+from qwen2_jax import LLM, SamplingParams
+llm = LLM({str(GOLDEN / "tied")!r}, dtype="float32", skip_tokenizer_init=True, use_tqdm_on_load=False, max_model_len=64,
+          max_num_seqs=4, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 24)
+params = SamplingParams(max_tokens=40, ignore_eos=True, detokenize=False)
+def run():
+    llm.generate([[1, 2, 3]] * 400, params, use_tqdm=False)
+def interrupt():
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    run()
+{ending}
+time.sleep(0.3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
+    # An interrupt that nobody catches ends a process by the signal itself.
+    assert ended.returncode in ((0,) if "daemon" in ending else (1, 130, -signal.SIGINT)), ended.stderr[-2000:]
+    assert "FATAL" not in ended.stderr and "terminate called" not in ended.stderr
 
 
 def test_shutdown_fails_those_who_wait(tokenizer_folder: Path) -> None:

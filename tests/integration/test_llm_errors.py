@@ -162,6 +162,30 @@ def test_parameters_are_refused(llm: LLM, params: SamplingParams | list[Sampling
         llm.generate(["a", "b"], params, use_tqdm=False)
 
 
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [None, None], 3])
+def test_what_are_no_parameters_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError, match="sampling_params="):
+        llm.generate(["a", "b"], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"temprature": 0.1}, "has 'temprature'; did you mean 'temperature'"),
+        ({"presence_penalty": 1.5}, "has 'presence_penalty'"),
+        ({"temperature": 3}, "temperature=3 is out of range"),
+    ],
+)
+def test_overrides_of_defaults_are_checked(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("tied", skip_tokenizer_init=True, override_generation_config=overrides)
+
+
+def test_variables_of_a_template_are_no_arguments(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="chat_template_kwargs has 'tokenize', which chat does itself"):
+        llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs={"tokenize": True}, use_tqdm=False)
+
+
 def test_lists_must_fit_the_prompts(llm: LLM) -> None:
     with pytest.raises(RequestError, match="priority has 3 entries for 2 prompts"):
         llm.generate(["a", "b"], greedy(4), priority=[0, 1, 2], use_tqdm=False)

@@ -163,6 +163,7 @@ def test_continuing_needs_no_second_flag(qwen2_folder: Path) -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "is not text"),
         ([{"role": "user", "content": ["hi"]}], {}, "is not text"),
         ([{"role": "assistant", "tool_calls": [3]}], {}, "tool call 3 is not a dict"),
+        ([{"role": "assistant", "tool_calls": 5}], {}, "tool_calls=5 is not a list"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
             {},
@@ -212,6 +213,8 @@ def test_selection_by_name() -> None:
     assert select_chat_template("only", "{{ x }}", has_tools=False) == "{{ x }}"
     with pytest.raises(RequestError, match="did you mean 'tool_use'"):
         select_chat_template(both, "tool_us", has_tools=False)
+    with pytest.raises(RequestError, match=r"unknown chat template '\./t.jinja'; use a template's own text"):
+        select_chat_template("only", "./t.jinja", has_tools=False)
     with pytest.raises(RequestError, match="no default chat template"):
         select_chat_template({"rag": "r"}, None, has_tools=False)
     with pytest.raises(RequestError, match="no chat template"):
