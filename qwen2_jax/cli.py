@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         return _dispatch(argv)
-    except Qwen2JaxError as error:
+    except (Qwen2JaxError, OSError, UnicodeDecodeError) as error:
         print(f"qwen2-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -72,11 +72,18 @@ def _read_stdin(what: str) -> str:
     return sys.stdin.read()
 
 
+def _read_lines(what: str) -> list[str]:
+    """Return the lines of standard input, which a line feed ends, or a carriage return and one, and nothing else."""
+    text = _read_stdin(what).removesuffix("\n")
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 @contextmanager
 def _engine(model: str, args: Namespace, **options: Any) -> Iterator["LLM"]:
     from qwen2_jax.llm import LLM
 
-    SamplingParams(**_given(args, SAMPLING_OPTIONS))  # a wrong value shows before the model is loaded
+    # A wrong value shows before the model is loaded.
+    SamplingParams(**{"max_tokens": None, **_given(args, SAMPLING_OPTIONS)})
     options |= {} if _lora(args) is None else {"enable_lora": True}
     llm = LLM(model, **_given(args, ENGINE_OPTIONS), **options)
     try:
@@ -86,8 +93,9 @@ def _engine(model: str, args: Namespace, **options: Any) -> Iterator["LLM"]:
 
 
 def _sampling_params(llm: "LLM", args: Namespace, max_tokens: int | None) -> SamplingParams:
+    """Return what is asked for; `max_tokens` stands in where neither the command line nor the model has a number."""
     given = _given(args, (*SAMPLING_OPTIONS, "seed"))
-    return llm.get_default_sampling_params().replace(**{"max_tokens": max_tokens, **given})
+    return llm.get_default_sampling_params(max_tokens=max_tokens).replace(**given)
 
 
 def _lora(args: Namespace) -> AdapterRequest | None:
@@ -95,7 +103,10 @@ def _lora(args: Namespace) -> AdapterRequest | None:
     if "lora" not in args:
         return None
     paths, weights = zip(*(_split_weight("lora", text) for text in args.lora), strict=True)
-    adapters = [LoRARequest(Path(path).name, number, path) for number, path in enumerate(paths, 1)]
+    names = [Path(path).name or Path(path).resolve().name for path in paths]
+    adapters = [
+        LoRARequest(name, number, path) for number, (name, path) in enumerate(zip(names, paths, strict=True), 1)
+    ]
     if weights == (1.0,):
         return adapters[0]
     return MergedLoRARequest("+".join(adapter.lora_name for adapter in adapters), 1, adapters, weights)
@@ -150,7 +161,7 @@ def _generate(args: Namespace) -> None:
 
 def _embed(args: Namespace) -> None:
     model, texts = _split_model(args)
-    texts = texts or _read_stdin("text").splitlines()
+    texts = texts or _read_lines("text")
     with _engine(model, args, runner="pooling") as llm:
         for text, output in zip(texts, llm.embed(texts, lora_request=_lora(args)), strict=True):
             print(json.dumps({"text": text, "embedding": output.outputs.embedding}, ensure_ascii=False))
@@ -158,7 +169,7 @@ def _embed(args: Namespace) -> None:
 
 def _classify(args: Namespace) -> None:
     model, texts = _split_model(args)
-    texts = texts or _read_stdin("text").splitlines()
+    texts = texts or _read_lines("text")
     with _engine(model, args) as llm:
         for text, output in zip(texts, llm.classify(texts, lora_request=_lora(args)), strict=True):
             found = {"text": text, "logits": output.outputs.logits, "probs": output.outputs.probs}

@@ -27,6 +27,7 @@ from qwen2_jax.llm_inputs import (
 )
 from qwen2_jax.lora.entry import AdapterStats
 from qwen2_jax.models.hub import resolve
+from qwen2_jax.sampling_params import GENERATION_CONFIG_FIELDS
 from qwen2_jax.text.tokenizer import Tokenizer
 from qwen2_jax.types import (
     AdapterRequest,
@@ -247,9 +248,11 @@ class LLM:
             raise ConfigError("there is no tokenizer: the LLM was made with skip_tokenizer_init=True")
         return self._tokenizer
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return sampling parameters with the model's defaults."""
-        return SamplingParams.from_defaults(self._generation_config)
+    def get_default_sampling_params(self, **defaults: Any) -> SamplingParams:
+        """Return sampling parameters with the model's defaults, and `defaults` where it has none."""
+        of_model = {field: self._generation_config.get(key) for key, field in GENERATION_CONFIG_FIELDS.items()}
+        missing = {name: value for name, value in defaults.items() if of_model.get(name) is None}
+        return SamplingParams.from_defaults(self._generation_config, **missing)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing happens, while requests run."""

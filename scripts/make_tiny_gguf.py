@@ -79,7 +79,8 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], extra: Map
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    if config["num_key_value_heads"] is not None:
+        writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_token_list(["<|endoftext|>", "<|im_end|>", "é"])
@@ -91,7 +92,8 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], extra: Map
 
 
 def _rows(name: str, tensor: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
+    queries = config["num_attention_heads"]
+    heads = {"q_proj": queries, "k_proj": config["num_key_value_heads"] or queries}.get(name.split(".")[-2])
     return interleave(tensor, heads) if heads and config["model_type"] == "llama" else tensor
 
 

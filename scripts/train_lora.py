@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save, and show what has changed."""
     options = parse_arguments(arguments)
     jax.config.update("jax_platforms", "cpu")
+    if options.steps < 2:
+        raise SystemExit(f"--steps {options.steps}: use at least 2, for the learning rate rises and falls")
     data = json.loads(options.data.read_text("utf-8"))
     if not data.get("examples") or not data.get("held_out"):
         raise SystemExit(f"{options.data} needs both examples and held_out, neither of them empty")

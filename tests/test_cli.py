@@ -42,8 +42,8 @@ class FakeLLM:
         self.loras: list[AdapterRequest | None] = []
         FakeLLM.made.append(self)
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        return SamplingParams(top_k=20)
+    def get_default_sampling_params(self, **defaults: Any) -> SamplingParams:
+        return SamplingParams(**{"top_k": 20, **defaults})
 
     def _output(self, prompt: Any, length: int | None = None) -> RequestOutput:
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -185,6 +185,8 @@ def _layer_windows(config: Mapping[str, Any], model_type: str) -> tuple[int | No
     """Return each layer's window, as transformers' `Qwen2Config` derives it."""
     depth = read_int(config, "num_hidden_layers", high=_LARGEST_DEPTH)
     slides = read_bool(config, "use_sliding_window", default=False)
+    if slides and config.get("sliding_window", 4096) is None:
+        slides = False  # a window that is null is none, one that is not given 4096 tokens
     window = read_int(config, "sliding_window", default=4096) if slides else None
     if slides and model_type == "llama":
         raise ConfigError("use_sliding_window=True is not for Llama; pass hf_overrides={'use_sliding_window': False}")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from qwen2_jax.lora.safetensors_writer import Tensor, write_shards
 from qwen2_jax.lora.writer import module_path, new_folder
 from qwen2_jax.models.checkpoint import Checkpoint, TensorEntry, read_json
 from qwen2_jax.models.safetensors_reader import DTYPES, INDEX
-from qwen2_jax.models.weights import open_checkpoint
+from qwen2_jax.models.sentence_transformers import module_folders
+from qwen2_jax.models.weights import check_weights, open_checkpoint
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "[0-9]_*/*")
+_COPIED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
 _NOT_COPIED = ("config.json", "adapter_config.json", INDEX)
 _FLOATS = tuple(name for name, _ in DTYPES.values())
 
@@ -68,12 +69,9 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
     beyond the base's dtype.
     """
     checkpoint = open_checkpoint(base)
-    if checkpoint.format != "safetensors":
-        raise CheckpointError(
-            f"{checkpoint.path} holds {checkpoint.format}; an adapter is merged into a Hugging Face folder with "
-            "safetensors"
-        )
+    check_base(checkpoint)
     config = ModelConfig.from_hf(checkpoint.config)
+    check_weights(checkpoint, config)
     if adapter.score is not None:
         raise AdapterError(
             f"the adapter has a classification head (score), for which a {config.architecture} has no place; serve the "
@@ -87,6 +85,15 @@ def merge_into_checkpoint(base: str | Path, adapter: Adapter, path: str | Path, 
         _write_json(folder / "config.json", read_json(checkpoint.path / "config.json") | changed)
         _copy_files(checkpoint.path, folder)
     return Path(path).expanduser()
+
+
+def check_base(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for a checkpoint of a format that no adapter is merged into."""
+    if checkpoint.format != "safetensors":
+        raise CheckpointError(
+            f"{checkpoint.path} holds {checkpoint.format}; an adapter is merged into a Hugging Face folder with "
+            "safetensors"
+        )
 
 
 def _tensors(checkpoint: Checkpoint, adapter: Adapter, config: ModelConfig, *, unties: bool) -> list[Tensor]:
@@ -216,8 +223,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_files(source: Path, folder: Path, patterns: Sequence[str] = _COPIED) -> None:
+def _copy_files(source: Path, folder: Path) -> None:
     """Copy the tokenizer's and the generation's files, and a sentence-transformers model's modules."""
+    patterns = (*_COPIED, *(f"{subfolder}/*" for subfolder in module_folders(source)))
     for file in (file for pattern in patterns for file in sorted(source.glob(pattern))):
         target = folder / file.relative_to(source)
         if file.is_file() and str(file.relative_to(source)) not in _NOT_COPIED:

@@ -6,7 +6,7 @@ from pathlib import Path
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.lora.files import resolve_adapter
 from qwen2_jax.lora.merge import MergedAdapter, merge_adapters
-from qwen2_jax.lora.merge_checkpoint import merge_into_checkpoint
+from qwen2_jax.lora.merge_checkpoint import check_base, merge_into_checkpoint
 from qwen2_jax.lora.reader import read_adapter
 from qwen2_jax.lora.writer import check_new, write_adapter
 from qwen2_jax.lora_requests import MergeOptions
@@ -33,7 +33,10 @@ def merge_folders(
     """
     check_new(destination)
     path = resolve(model, revision=revision, token=hf_token, weights=checkpoint)
-    base = ModelConfig.from_hf(open_checkpoint(path, "dummy" if _lacks_weights(path) else "auto").config)
+    opened = open_checkpoint(path, "dummy" if _lacks_weights(path) else "auto")
+    if checkpoint:
+        check_base(opened)
+    base = ModelConfig.from_hf(opened.config)
     read = [read_adapter(resolve_adapter(name, token=hf_token), base) for name, _ in adapters]
     weights = [weight for _, weight in adapters]
     if checkpoint and weights == [1] and options == MergeOptions():

@@ -1,7 +1,6 @@
 """Writes an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors` in a folder."""
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ import numpy as np
 
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.adapter import Adapter, LowRank
-from qwen2_jax.lora.files import CONFIG, WEIGHTS
+from qwen2_jax.lora.files import CONFIG, WEIGHTS, as_adapter_error
 from qwen2_jax.lora.keys import ATTENTION, EMBED_TOKENS
 from qwen2_jax.lora.merge import REPLACING_FIELDS, named, updates_of
 from qwen2_jax.lora.reader import ModuleId
 from qwen2_jax.lora.safetensors_writer import Tensor, write_file
+from qwen2_jax.models import new_folder as folders
 
 _PREFIX = "base_model.model."
 
@@ -40,25 +40,16 @@ def write_adapter(adapter: Adapter, path: str | Path, *, base_model_name_or_path
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `path` at the end; an error leaves nothing behind.
-
-    Raises `AdapterError` unless `path` is an empty folder or does not exist.
-    """
+    """Give a folder to write into, see `models.new_folder`; raises `AdapterError` unless `path` is new or empty."""
     check_new(path)
-    target = Path(path).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-        folder = Path(beside) / "content"
-        folder.mkdir()
+    with folders.new_folder(path) as folder:
         yield folder
-        folder.rename(target)
 
 
 def check_new(path: str | Path) -> None:
-    """Raise `AdapterError` unless `path` is an empty folder or does not exist."""
-    target = Path(path).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(f"{target} is not empty; name a new folder")
+    """Raise `AdapterError` unless `path` is an empty folder, or does not exist and can be made."""
+    with as_adapter_error():
+        folders.check_new(path)
 
 
 def module_path(module: ModuleId) -> str:

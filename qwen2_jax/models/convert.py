@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from qwen2_jax.config import LoadConfig, ModelConfig
 from qwen2_jax.config.load import DType
-from qwen2_jax.errors import CheckpointError
 from qwen2_jax.models.hub import resolve
+from qwen2_jax.models.new_folder import check_new
 from qwen2_jax.models.orbax import save_orbax
 from qwen2_jax.models.weights import load_weights, open_checkpoint
 
@@ -36,8 +36,7 @@ def convert(
         ConfigError: an unknown dtype, or a model that is not supported.
     """
     folder = Path(destination).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; name a new folder")
+    check_new(folder)
     load = LoadConfig(dtype=dtype or "auto")
     checkpoint = open_checkpoint(resolve(source, revision=revision, token=hf_token))
     config = ModelConfig.from_hf(checkpoint.config)

@@ -84,7 +84,7 @@ def open_gguf(path: Path) -> Checkpoint:
     in a Qwen2 model.
     """
     reader, metadata = _read(path)
-    if metadata.get("split.count", 1) != 1:
+    if metadata.get("split.count", 1) > 1:  # 0 where parts have been joined
         raise CheckpointError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "rope_freqs.weight" in tensors:
@@ -164,8 +164,8 @@ def _permuted_heads(name: str, config: dict[str, Any]) -> int | None:
     """Return the heads whose rows are interleaved: a Llama's query and key projections, not a Qwen2's."""
     if config["model_type"] != "llama":
         return None
-    kind = name.split(".")[2:3]
-    return {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get("".join(kind))
+    heads, kind = config["num_attention_heads"], "".join(name.split(".")[2:3])
+    return {"attn_q": heads, "attn_k": config["num_key_value_heads"] or heads}.get(kind)
 
 
 def _half_split(array: np.ndarray, heads: int) -> np.ndarray:

@@ -17,11 +17,12 @@ import orbax.checkpoint as ocp
 
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.models.checkpoint import ORBAX_PARAMS, Checkpoint, TensorEntry, read_generation_config, read_json
-from qwen2_jax.models.sentence_transformers import read_modules
+from qwen2_jax.models.new_folder import new_folder
+from qwen2_jax.models.sentence_transformers import module_folders, read_modules
 from qwen2_jax.models.weight_table import leaf_name
 
 _GGUF_METADATA = "gguf_metadata.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "[0-9]_*/config.json")
+_COPIED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
@@ -30,18 +31,16 @@ def save_orbax(folder: Path, params: Mapping[Any, Any], *, config: Mapping[str, 
 
     The config that is written names the dtype of the arrays. Raises `CheckpointError` where `folder` is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        _in_thread(partial(checkpointer.save, folder.absolute() / ORBAX_PARAMS, _string_keys(params)))
-    dtype = np.dtype(_walk(params)[0][1].dtype).name
-    _write_json(folder / "config.json", {**config, "torch_dtype": dtype, "dtype": dtype})
-    source = checkpoint.tokenizer_source
-    if isinstance(source, Path):
-        _copy_files(source, folder)
-    else:
-        _write_json(folder / _GGUF_METADATA, source)
+    with new_folder(folder) as written:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            _in_thread(partial(checkpointer.save, written.absolute() / ORBAX_PARAMS, _string_keys(params)))
+        dtype = np.dtype(_walk(params)[0][1].dtype).name
+        _write_json(written / "config.json", {**config, "torch_dtype": dtype, "dtype": dtype})
+        source = checkpoint.tokenizer_source
+        if isinstance(source, Path):
+            _copy_files(source, written)
+        else:
+            _write_json(written / _GGUF_METADATA, source)
 
 
 def open_orbax(folder: Path) -> Checkpoint:
@@ -127,7 +126,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _copy_files(source: Path, folder: Path) -> None:
     """Copy the tokenizer's and the generation's files, and what sentence-transformers says of its modules."""
-    for pattern in _COPIED:
+    for pattern in (*_COPIED, *(f"{subfolder}/config.json" for subfolder in module_folders(source))):
         for file in sorted(source.glob(pattern)):
             target = folder / file.relative_to(source)
             if str(file.relative_to(source)) not in _NOT_COPIED:

@@ -23,12 +23,22 @@ def read_modules(folder: Path) -> tuple[EmbeddingModules, str | None]:
         by_type[kind] = subfolder
     if by_type.get("Transformer"):
         raise CheckpointError(f"{folder}: the transformer lies in {by_type['Transformer']!r}; it must lie at the top")
-    if "Pooling" in by_type:
-        _check_pooling(folder / by_type["Pooling"] / "config.json")
+    if "Pooling" not in by_type or sorted(by_type, key=_SUPPORTED.index) != list(by_type):
+        raise CheckpointError(
+            f"{folder}: the modules {', '.join(by_type)} are not supported in this order; there must be a Pooling, and "
+            f"they come as {', '.join(_SUPPORTED)}"
+        )
+    _check_pooling(folder / by_type["Pooling"] / "config.json")
     dense = by_type.get("Dense")
     if dense is not None:
         _check_dense(folder / dense / "config.json")
     return EmbeddingModules(pooling="mean", normalize="Normalize" in by_type), dense
+
+
+def module_folders(folder: Path) -> list[str]:
+    """Return the subfolders of the modules that `modules.json` names; none without that file."""
+    path = folder / "modules.json"
+    return [subfolder for _, subfolder in _modules(path) if subfolder] if path.is_file() else []
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ def load_weights(
     table = leaves(config)
     if checkpoint.format == "orbax":
         table = [_stored_leaf(leaf) for leaf in table]
-    _check_tensors(checkpoint, config, table)
+    check_weights(checkpoint, config, table)
     layout = layout or WeightLayout.unpadded(config)
     dtype = np.dtype(dtype)
     total = sum(checkpoint.tensors[name].nbytes for leaf in table for name in leaf.sources)
@@ -145,7 +145,9 @@ def _stored_leaf(leaf: Leaf) -> Leaf:
     return Leaf(path=leaf.path, shape=leaf.shape, sources={name: leaf.shape}, fill=lambda out, _, t: np.copyto(out, t))
 
 
-def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, table: Iterable[Leaf]) -> None:
+def check_weights(checkpoint: Checkpoint, config: ModelConfig, table: Iterable[Leaf] | None = None) -> None:
+    """Raise `CheckpointError` unless a checkpoint has the tensors of `table`, and no others; None is the config's."""
+    table = leaves(config) if table is None else table
     expected: dict[str, Shape] = {name: shape for leaf in table for name, shape in leaf.sources.items()}
     if config.tie_word_embeddings and not config.is_embedding_model and _TIED_HEAD in checkpoint.tensors:
         expected[_TIED_HEAD] = (config.vocab_size, config.hidden_size)

@@ -78,7 +78,22 @@ def load_backend(folder: Path, tokenizer_config: Mapping[str, Any], special_toke
     except Exception as error:  # the library raises nothing more precise
         raise CheckpointError(f"cannot read {file}: {error}") from error
     _add_missing_tokens(backend, tokenizer_config)
+    _add_llama_ends(backend, tokenizer_config, special_tokens)
     return backend
+
+
+def _add_llama_ends(backend: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+    """Put the tokens around a text that Hugging Face's Llama tokenizer does, whatever tokenizer.json says of them.
+
+    Models made from Qwen2 may have that class (DeepSeek-R1-Distill-Qwen).
+    """
+    if not str(config.get("tokenizer_class") or "").startswith("LlamaTokenizer"):
+        return
+    ends = {"bos": config.get("add_bos_token", True), "eos": config.get("add_eos_token", False)}
+    tokens = {end: special_tokens.get(f"{end}_token") if is_on else None for end, is_on in ends.items()}
+    around = backend.encode("").tokens
+    if around != [token for token in tokens.values() if token is not None]:
+        add_bos_eos(backend, **tokens)
 
 
 def _build_qwen2(folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Tokenizer:

@@ -115,6 +115,7 @@ def test_rope_details():
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}, (None,) * 4),
         ({"use_sliding_window": True, "sliding_window": 8}, (None,) * 4),
         ({"use_sliding_window": True, "max_window_layers": 3}, (None, None, None, 4096)),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (None,) * 4),
         (
             {
                 "use_sliding_window": True,

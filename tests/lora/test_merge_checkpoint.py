@@ -183,8 +183,20 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     source = copy_base("untied", tmp_path / "base")
     tensors = load_file(source / "model.safetensors")
     save_file(tensors | {Q_WEIGHT: tensors[Q_WEIGHT].astype(np.int8)}, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match="has dtype I8; merging needs one of float32"):
+    with pytest.raises(CheckpointError, match="has dtype I8; use one of float32"):
         merge_into_checkpoint(source, make_adapter(0, {Q: 2}), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("change", ["lacks", "holds"])
+def test_a_base_that_does_not_fit_its_config_is_refused(tmp_path: Path, change: str) -> None:
+    source, name = copy_base("untied", tmp_path / "base"), "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    other = {"model.layers.99.foo.weight": tensors[name]} if change == "holds" else {}
+    kept = {key: array for key, array in tensors.items() if change == "holds" or key != name}
+    save_file(kept | other, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{change} 1 (of the )?tensors that its config"):
+        merge_into_checkpoint(source, make_adapter(0, {Q: 2}), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_embeddings_model_keeps_its_dense_layer_apart(tmp_path: Path) -> None:

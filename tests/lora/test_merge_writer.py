@@ -145,6 +145,20 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "file").read_text() == "whole"
 
 
+def test_a_link_and_the_current_folder_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (Path(), tmp_path / "link"):
+        write_adapter(make_adapter(0, {Q: 2}), path, base_model_name_or_path="m")
+        assert (path / "adapter_config.json").is_file()
+    with pytest.raises(AdapterError, match="cannot be written"):
+        write_adapter(
+            make_adapter(0, {Q: 2}), tmp_path / "link" / "adapter_config.json" / "x", base_model_name_or_path="m"
+        )
+
+
 @pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (60, 3), (1, 4)])
 def test_shards_hold_what_was_made(limit: int, files: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

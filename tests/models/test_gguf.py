@@ -44,6 +44,20 @@ def test_a_gguf_file_holds_what_the_folder_holds(tmp_path: Path, config: dict[st
     assert ours == dataclasses.replace(theirs, initializer_range=0.02)
 
 
+def test_a_llama_with_as_many_key_heads_need_not_say_so(tmp_path: Path):
+    config = llama_config(num_key_value_heads=llama_config()["num_attention_heads"])
+    tensors = tiny_tensors(config)
+    path = write_gguf(tmp_path / "m.gguf", config | {"num_key_value_heads": None}, tensors)
+    for name, entry in open_checkpoint(path).tensors.items():
+        np.testing.assert_array_equal(entry.load(), tensors[name])
+
+
+def test_joined_parts_are_a_whole(tmp_path: Path):
+    config = tiny_config()
+    path = write_gguf(tmp_path / "m.gguf", config, tiny_tensors(config), extra={"split.count": 0})
+    assert open_checkpoint(path).tensors.keys() == tiny_tensors(config).keys()
+
+
 def test_a_llama_gets_zero_biases(tmp_path: Path):
     config = llama_config()
     tree = load(write_gguf(tmp_path / "m.gguf", config, tiny_tensors(config)))

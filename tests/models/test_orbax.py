@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.models import orbax
 from qwen2_jax.models.checkpoint import Checkpoint
 from qwen2_jax.models.orbax import save_orbax
 from qwen2_jax.models.weight_layout import WeightLayout
@@ -60,11 +62,14 @@ def test_keeps_the_tokenizer_and_the_generation_config(tmp_path: Path):
     source = make_tiny_model(tmp_path / "hf")
     (source / "tokenizer.json").write_text('{"a": 1}')
     (source / "chat_template.jinja").write_text("{{ x }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (source / "generation_config.json").write_text('{"top_k": 3}')
     converted = convert(source, tmp_path / "orbax")
     assert converted.tokenizer_source == tmp_path / "orbax"
     assert (tmp_path / "orbax" / "tokenizer.json").read_text() == '{"a": 1}'
     assert (tmp_path / "orbax" / "chat_template.jinja").read_text() == "{{ x }}"
+    assert (tmp_path / "orbax" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     assert converted.generation_config == {"top_k": 3}
     assert not list((tmp_path / "orbax").glob("*.safetensors*"))
 
@@ -84,6 +89,27 @@ def test_keeps_what_makes_embeddings(tmp_path: Path):
     assert converted.embedding_modules == original.embedding_modules
     ours, theirs = load(converted, np.float32), load(original, np.float32)
     assert ("linear", "bias") in ours and all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+
+def test_keeps_modules_of_any_name(tmp_path: Path):
+    source = make_tiny_sentence_transformer(tmp_path / "hf")
+    modules = json.loads((source / "modules.json").read_text())
+    for module in (module for module in modules if module["path"]):
+        if (source / module["path"]).exists():
+            (source / module["path"]).rename(source / f"st{module['path']}")
+        module["path"] = f"st{module['path']}"
+    (source / "modules.json").write_text(json.dumps(modules))
+    assert convert(source, tmp_path / "orbax").embedding_modules == open_checkpoint(source).embedding_modules
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = make_tiny_model(tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax, "_copy_files", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            convert(source, tmp_path / "orbax")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    convert(source, tmp_path / "orbax")
 
 
 def test_the_config_names_the_dtype_that_was_written(tmp_path: Path):

@@ -12,7 +12,13 @@ import pytest
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.models.weights import load_weights, open_checkpoint
-from scripts.make_tiny_model import make_tiny_model, tiny_config, tiny_tensors, write_checkpoint
+from scripts.make_tiny_model import (
+    make_tiny_model,
+    make_tiny_sentence_transformer,
+    tiny_config,
+    tiny_tensors,
+    write_checkpoint,
+)
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -197,3 +203,12 @@ def test_a_named_format_must_be_the_one_found(tmp_path: Path):
         open_checkpoint(tmp_path, "orbax")
     with pytest.raises(CheckpointError, match="load_format='pickle' is unknown"):
         open_checkpoint(tmp_path, "pickle")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("order", [["Transformer", "Normalize", "Pooling"], ["Transformer", "Normalize"]])
+def test_modules_that_mean_something_else_are_refused(tmp_path: Path, order: list[str]) -> None:
+    source = make_tiny_sentence_transformer(tmp_path)
+    kinds = {module["type"].rpartition(".")[2]: module for module in json.loads((source / "modules.json").read_text())}
+    (source / "modules.json").write_text(json.dumps([kinds[name] for name in order]))
+    with pytest.raises(CheckpointError, match="are not supported in this order; there must be a Pooling"):
+        open_checkpoint(source)

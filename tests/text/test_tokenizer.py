@@ -96,6 +96,20 @@ def test_added_bos_token(qwen2_folder: Path) -> None:
     assert tokenizer.encode("hello", add_special_tokens=False) == [259]
 
 
+@pytest.mark.parametrize(("name", "is_added"), [("LlamaTokenizerFast", True), ("Qwen2Tokenizer", False)])
+def test_models_made_from_qwen2_may_begin_as_llamas_do(qwen2_folder: Path, name: str, is_added: bool) -> None:
+    """tokenizer.json says nothing of it: Hugging Face's class does."""
+    Tokenizer.from_dir(qwen2_folder).save(qwen2_folder)
+    path = qwen2_folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"tokenizer_class": name, "bos_token": "<|im_start|>"}
+    for add in (True, False):
+        path.write_text(json.dumps(config | {"add_bos_token": add}), "utf-8")
+        tokenizer = Tokenizer.from_dir(qwen2_folder)
+        start = tokenizer.backend.token_to_id("<|im_start|>")
+        assert (tokenizer.encode("hello")[0] == start) is (add and is_added)
+        assert start not in tokenizer.encode("hello", add_special_tokens=False)
+
+
 def test_tokens_that_only_the_config_knows_are_added(qwen2_folder: Path, tmp_path: Path) -> None:
     Tokenizer.from_dir(qwen2_folder).save(tmp_path / "saved")
     added = {"268": {"content": "<|im_end|>", "special": True}, "269": {"content": "<tool>", "special": False}}
