@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qwen2_jax.llm import LLM
 
 DEFAULT_MAX_TOKENS = 256
-"""What `generate` stops at unless told otherwise; a chat answer may fill the context."""
+"""What `generate` stops at where neither the command line nor the model says; a chat answer may fill the context."""
 
 Messages = list[dict[str, str]]
 
@@ -74,8 +74,8 @@ def _read_stdin(what: str) -> str:
 
 def _read_lines(what: str) -> list[str]:
     """Return the lines of standard input, which a line feed ends, or a carriage return and one, and nothing else."""
-    text = _read_stdin(what).removesuffix("\n")
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    lines = _read_stdin(what).split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 @contextmanager

@@ -49,6 +49,10 @@ def checked_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"override_generation_config has {name!r}{nearest(name, known)}; use {', '.join(known)}, and "
                 "SamplingParams for what belongs to a request"
             )
+    ends = given.get(_EOS)
+    for token_id in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise ConfigError(f"override_generation_config: {_EOS}={ends!r} is not a token id or a list of token ids")
     try:
         SamplingParams.from_defaults(given)
     except RequestError as error:

@@ -13,6 +13,9 @@ def test_only_line_feeds_end_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "first\x0cpage\u2028of it\r\nsecond\x85\n\nlast"
     monkeypatch.setattr(sys, "stdin", io.StringIO(text, newline=""))
     assert cli._read_lines("text") == ["first\x0cpage\u2028of it", "second\x85", "", "last"]
+    for given, lines in (("", []), ("\n", [""]), ("a\n", ["a"]), ("a\n\n", ["a", ""])):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(given, newline=""))
+        assert cli._read_lines("text") == lines
 
 
 def test_what_the_system_says_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,8 @@ def _add_llama_ends(backend: Tokenizer, config: Mapping[str, Any], special_token
         return
     ends = {"bos": config.get("add_bos_token", True), "eos": config.get("add_eos_token", False)}
     tokens = {end: special_tokens.get(f"{end}_token") if is_on else None for end, is_on in ends.items()}
+    if any(token is not None and backend.token_to_id(token) is None for token in tokens.values()):
+        return  # `Tokenizer` refuses it by name
     around = backend.encode("").tokens
     if around != [token for token in tokens.values() if token is not None]:
         add_bos_eos(backend, **tokens)

@@ -1,5 +1,7 @@
 """The comparison of concurrently scheduled programs with serial ones: what it runs, and that it sees one wrong bit."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from tests.lora.adapters import ADAPTERS, GOLDEN
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(
+def llm() -> Iterator[LLM]:
+    engine = LLM(
         GOLDEN / "untied",
         dtype="float32",
         skip_tokenizer_init=True,
@@ -25,6 +27,8 @@ def llm() -> LLM:
         kv_cache_memory_bytes=16 << 20,
         use_tqdm_on_load=False,
     )
+    yield engine
+    engine.shutdown()
 
 
 def test_calls_of_both_builds_are_compared(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,7 @@ def test_what_are_no_parameters_is_refused(llm: LLM, params: Any) -> None:
         ({"temprature": 0.1}, "has 'temprature'; did you mean 'temperature'"),
         ({"presence_penalty": 1.5}, "has 'presence_penalty'"),
         ({"temperature": 3}, "temperature=3 is out of range"),
+        ({"eos_token_id": ["end"]}, r"eos_token_id=\['end'\] is not a token id or a list of token ids"),
     ],
 )
 def test_overrides_of_defaults_are_checked(overrides: dict[str, Any], message: str) -> None:

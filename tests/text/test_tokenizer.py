@@ -108,6 +108,9 @@ def test_models_made_from_qwen2_may_begin_as_llamas_do(qwen2_folder: Path, name:
         start = tokenizer.backend.token_to_id("<|im_start|>")
         assert (tokenizer.encode("hello")[0] == start) is (add and is_added)
         assert start not in tokenizer.encode("hello", add_special_tokens=False)
+    path.write_text(json.dumps(config | {"bos_token": "<|nowhere|>"}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"<\|nowhere\|>"):
+        Tokenizer.from_dir(qwen2_folder)
 
 
 def test_tokens_that_only_the_config_knows_are_added(qwen2_folder: Path, tmp_path: Path) -> None:
