@@ -18,7 +18,7 @@ import numpy as np
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import AdapterError
 from qwen2_jax.lora.adapter import Adapter
-from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission
+from qwen2_jax.lora.entry import AdapterEntry, AdapterStats, Admission, HostCopy
 from qwen2_jax.lora.host_tier import HostTier
 from qwen2_jax.lora.keys import SCORE
 from qwen2_jax.lora.placing import VOCAB_FIELDS, Placer, Staged
@@ -91,11 +91,10 @@ class AdapterManager:
                     found.source = source  # who asks now has files that are there
                     self._host.touch(found)
                     return found
-                entry = self._register(request, source)
+                read, host = self._register(request, source)
                 if source.signature() == signature:
-                    entry = self._registry.add(entry, signature)
-                    assert entry.host is not None
-                    self._host.keep(entry, entry.host)
+                    entry = self._registry.add(read, signature)
+                    self._host.keep(entry, host)
                     return entry
         raise AdapterError(f"adapter {request.lora_name!r}: {source} changes while it is read; send the request again")
 
@@ -186,7 +185,7 @@ class AdapterManager:
         self._staging.close()
         self._placer.delete()
 
-    def _register(self, request: AdapterRequest, source: AdapterSource) -> AdapterEntry:
+    def _register(self, request: AdapterRequest, source: AdapterSource) -> tuple[AdapterEntry, HostCopy]:
         name, adapter = request.lora_name, self._read(request, source)
         host = self._placer.host_copy(name, adapter)
         if (kind := self._residents.lacking(host.needs)) is not None:
@@ -194,7 +193,7 @@ class AdapterManager:
                 f"adapter {name!r} takes {host.needs[kind]} {kind}, and there are {self._sizes.places[kind]}; "
                 f"start with a larger {_OPTIONS[kind]}"
             )
-        return AdapterEntry(
+        entry = AdapterEntry(
             request=request,
             source=source,
             digest=adapter.digest,
@@ -202,8 +201,8 @@ class AdapterManager:
             nbytes=adapter.nbytes,
             applied=_applied(adapter),
             score=None if adapter.score is None else adapter.score.astype(np.float32),
-            host=host,
         )
+        return entry, host
 
     def _read(self, request: AdapterRequest, source: AdapterSource) -> Adapter:
         def check_rank(rank: int) -> None:

@@ -51,7 +51,7 @@ class Registry:
             self._check_id(request)
             known = self._entries.get((request.lora_name, entry.digest))
             if known is not None and _is_usable(known):
-                known.host, known.source, known.request = known.host or entry.host, entry.source, request
+                known.source, known.request = entry.source, request
                 entry = known
             self._entries[request.lora_name, entry.digest] = entry
             self._latest[request] = signature, entry

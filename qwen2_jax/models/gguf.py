@@ -84,7 +84,7 @@ def open_gguf(path: Path) -> Checkpoint:
     in a Qwen2 model.
     """
     reader, metadata = _read(path)
-    if metadata.get("split.count", 1) > 1:  # 0 where parts have been joined
+    if metadata.get("split.count", 1) not in (0, 1):  # 0 where parts have been joined
         raise CheckpointError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "rope_freqs.weight" in tensors:

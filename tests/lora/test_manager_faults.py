@@ -5,6 +5,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,21 @@ def test_host_memory_keeps_what_is_used(make: Callable[..., Adapters]) -> None:
     adapters.use(a)
     adapters.new("d")
     assert a.host is not None and c.host is None
+
+
+def test_many_find_at_once_in_little_host_memory(make: Callable[..., Adapters]) -> None:
+    """Copies leave host memory for others' while they are taken in."""
+    adapters = make(max_on_host=1)
+    requests, found = [adapters.request(name, adapters.write(name)) for name in "abcd"], list[AdapterEntry]()
+    with ThreadPoolExecutor(8) as threads:
+        for number in range(5):
+            for name in "abcd":
+                adapters.write(name)
+            found = list(threads.map(adapters.manager.find, requests * 4))
+            assert {entry.request.lora_name for entry in found} == set("abcd"), number
+    assert adapters.manager.stats().num_on_host == 1 and adapters.manager.stats().num_registered == 4
+    adapters.use(*found[:4])
+    adapters.check()
 
 
 def test_host_memory_is_bounded_by_bytes(adapters: Adapters, tmp_path: Path) -> None:
