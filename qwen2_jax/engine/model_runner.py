@@ -178,8 +178,7 @@ class ModelRunner:
         reports = [self._run_head("prompt_logprobs", 0, output, chunk) for chunk in chunks]
         pooled = None
         if any(row.completes_pooling for row in output.rows):
-            tokens = self._to_device(self._builder.last_hidden(output))
-            pooled = self._compiled["last_hidden", 0](self._state, tokens)
+            pooled = self._compiled["last_hidden", 0](self._state, self._builder.last_hidden(output))
         return Launched(output, samples, prompt_logprobs=reports, pooled=pooled)
 
     def _embed(self, output: SchedulerOutput) -> Launched:
@@ -204,12 +203,11 @@ class ModelRunner:
         return self._run(name + WITH_ADAPTERS, bucket, self._state, packed, self._adapters.banks)
 
     def _run(self, name: str, bucket: int, *arguments: Any) -> Any:
-        """Run a program on the weights, device arrays, and host arrays, which are copied over."""
-        placed = [self._to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
-        return self._compiled[name, bucket](self._model.params, *placed)
+        """Run a program on the weights, device arrays, and host arrays, which it copies over.
 
-    def _to_device(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._replicated)
+        That costs the host less than `jax.device_put`. Nobody may write to these arrays afterwards.
+        """
+        return self._compiled[name, bucket](self._model.params, *arguments)
 
     def _admit(self, request: Request) -> None:
         """Fill the row of device state that `request` has got, as far as it will be read."""
@@ -239,7 +237,7 @@ class ModelRunner:
         assert request.row_index is not None
         packed[0] = request.row_index
         packed[1 : 1 + len(values)] = values.view(np.int32)
-        self._state = self._compiled[f"set_{name}", 0](self._state, self._to_device(packed))
+        self._state = self._compiled[f"set_{name}", 0](self._state, packed)
 
     def _count_blocks(self) -> int:
         """Size the cache by what is left beside the largest step's workspace, and adapters on their way."""

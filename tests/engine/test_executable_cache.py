@@ -64,9 +64,10 @@ def test_a_broken_file_is_reported_and_made_again(
 
 
 def test_a_folder_that_takes_nothing_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    factor = fresh()
     (tmp_path / "file").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        assert run(ExecutableCache(tmp_path / "file", MESH, "model"), 3.0) == 3.0
+        assert run(ExecutableCache(tmp_path / "file", MESH, "model"), factor) == factor
     assert "cannot be kept" in caplog.text
 
 

@@ -32,9 +32,11 @@ def _mosaic(*arrays: Any, **options: Any) -> Array:
 
 
 IMPLEMENTATIONS = {"reference": linear_reference, "xla": linear_xla, "triton": _triton, "mosaic": _mosaic}
-FEW_TOKENS, MANY_TOKENS = 128, 2048
-"""For 2 to few tokens and from many on, the Mosaic kernel beats XLA's products; gated projections, whose activation is
+MANY_TOKENS = 2048
+"""From so many on, the Mosaic kernel beats XLA's products, as it does for few; gated projections, whose activation is
 part of it, are always Mosaic's."""
+LARGE_KERNEL = 1 << 23
+"""Of so many elements on, a kernel is slow enough to read that XLA's products catch up at fewer tokens."""
 MOSAIC_MAX_FEATURES = 65536
 """Of so many features on, XLA's products are at the limit themselves."""
 CONFIGS = {"triton": Config, "mosaic": MosaicConfig}
@@ -74,8 +76,8 @@ def linear(
         out_dtype: the result's dtype; None means `x`'s.
         implementation: `"reference"`, `"xla"`, `"triton"` (CUDA, bfloat16 or float32), `"mosaic"` (Hopper, bfloat16)
             or `"auto"`: on a GPU and in bfloat16, Triton for one token and for shapes that `tuned/<gpu>.json` lists,
-            Mosaic on Hopper for 2 to 128 tokens, from 2048 on and for any number where gated, unless the kernel is a
-            vocabulary; XLA otherwise.
+            Mosaic on Hopper for 2 to 64 tokens (128 where the kernel is small), from 2048 on and for any number where
+            gated, unless the kernel is a vocabulary; XLA otherwise.
         config: a kernel's tiles, for tuning: a `Config` for `"triton"`, a `MosaicConfig` for `"mosaic"`.
 
     Raises:
@@ -125,7 +127,7 @@ def linear_partial(
         raise ValueError(f"linear_partial: config is for implementation='mosaic', not {implementation!r}")
     if implementation == "auto":
         splits = mesh_platform() == "gpu" and has_triton()
-        splits = splits and x.shape[0] <= FEW_TOKENS and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
+        splits = splits and x.shape[0] <= _few_tokens(kernel) and _choice_on_gpu(x, kernel, None)[0] == "mosaic"
         implementation = "mosaic" if splits else "whole"
     if implementation == "whole":
         return linear(x, kernel, prefetch=prefetch, num_tokens=num_tokens)[None]
@@ -144,6 +146,11 @@ def skips_padding(dtype: jnp.dtype) -> bool:
     return dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and has_triton() and unsupported_gpu() is None
 
 
+def _few_tokens(kernel: Array) -> int:
+    """Return up to how many tokens the Mosaic kernel beats XLA's product with `kernel`."""
+    return 64 if kernel.size >= LARGE_KERNEL else 128
+
+
 def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str, str]:
     """Return the implementation for a GPU and why."""
     if not x.dtype == kernel.dtype == jnp.bfloat16:
@@ -153,7 +160,7 @@ def _choice_on_gpu(x: Array, kernel: Array, activation: str | None) -> tuple[str
     key = tuning_key(x.shape[0], kernel.shape[-2], kernel.shape[-1], gated=activation is not None)
     if tuned("linear", key, Config, None) is not None:
         return "triton", "tuned"
-    is_between = activation is None and FEW_TOKENS < x.shape[0] < MANY_TOKENS
+    is_between = activation is None and _few_tokens(kernel) < x.shape[0] < MANY_TOKENS
     if is_between or kernel.shape[-2] >= MOSAIC_MAX_FEATURES:
         return "xla", f"{x.shape[0]} tokens, {kernel.shape[-2]} features"
     reason = supported(x, kernel, activation)

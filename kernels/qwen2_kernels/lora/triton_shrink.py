@@ -111,7 +111,8 @@ def shrink_dot_kernel(
         x_rows = tl.load(order_ptr + start + token, mask=is_token, other=0).to(tl.int64) * K
         a_rows = (page * (SLICES * RANKS) + first_rank + rank) * K
         total = tl.zeros((TILE, BLOCK_R), tl.float32)
-        for block in tl.range(0, NUM_BLOCKS, num_stages=STAGES):
+        # An item of the padding has no tokens, and no tiles.
+        for block in tl.range(0, tl.where(count > 0, NUM_BLOCKS, 0), num_stages=STAGES):
             columns = (split * NUM_BLOCKS + block) * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = columns < K
             x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=is_token[:, None] & inside[None, :], other=0.0)
