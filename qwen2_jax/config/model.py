@@ -74,7 +74,7 @@ class ModelConfig:
 
         `dtype` (or `torch_dtype`) counts as float32 where it is absent, as in transformers. Raises `ConfigError` for a
         missing or wrong value, an unsupported architecture, a key that asks for other mathematics than Qwen2's, or
-        an override that neither this package nor the config knows.
+        an override that neither this package nor the config knows, or that would have no effect.
         """
         if not isinstance(config, Mapping) or not isinstance(hf_overrides or {}, Mapping):
             raise ConfigError(f"a model config is an object, not {type(config).__name__}")
@@ -86,6 +86,8 @@ class ModelConfig:
         vocab_size = read_int(config, "vocab_size")
         max_position_embeddings = read_int(config, "max_position_embeddings")
         bos_token_ids = read_token_ids(config, "bos_token_id", vocab_size)
+        layer_windows = _layer_windows(config, model_type)
+        _check_window_overrides(hf_overrides or {}, config, layer_windows)
         return cls(
             architecture=architecture,
             model_type=model_type,
@@ -100,7 +102,7 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings,
             rms_norm_eps=read_float(config, "rms_norm_eps"),
             rope=RopeConfig.from_hf(config, max_position_embeddings),
-            layer_windows=_layer_windows(config, model_type),
+            layer_windows=layer_windows,
             tie_word_embeddings=read_bool(config, "tie_word_embeddings", default=False),
             attention_bias=_attention_bias(config, model_type),
             is_causal=read_bool(config, "is_causal", default=True),
@@ -217,3 +219,20 @@ def _dtype(config: Mapping[str, Any]) -> str:
     value = config.get(key)
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     return read_choice({key: name}, key, DTYPES, default="float32")
+
+
+def _check_window_overrides(
+    overrides: Mapping[str, Any], config: Mapping[str, Any], layer_windows: tuple[int | None, ...]
+) -> None:
+    """Refuse overrides that change nothing about the layers' windows though they ask for it."""
+    if "max_window_layers" in overrides and config.get("layer_types") is not None:
+        raise ConfigError(
+            "hf_overrides={'max_window_layers': ...} has no effect beside layer_types, which says what each layer "
+            "sees; override that, with None to have it follow from max_window_layers"
+        )
+    asked = {name: overrides.get(name) for name in ("use_sliding_window", "sliding_window")}
+    if any(asked.values()) and all(window is None for window in layer_windows):
+        raise ConfigError(
+            f"hf_overrides={ {name: value for name, value in asked.items() if value} } asks for a window that no layer "
+            "has; override use_sliding_window (True), and max_window_layers or layer_types, which say for which layers"
+        )

@@ -146,6 +146,45 @@ def test_an_unknown_override_names_the_nearest():
         read(rope_scaling={"type": "yarn", "facto": 4.0})
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+TYPES = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, {"sliding_window": 16}, "{'sliding_window': 16} asks for a window that no layer has"),
+        ({"max_window_layers": 2}, {"use_sliding_window": True}, "asks for a window that no layer has"),
+        (WINDOWED | {"layer_types": TYPES[:1] * 2}, {"sliding_window": 16}, "asks for a window that no layer has"),
+        (WINDOWED | {"layer_types": TYPES}, {"max_window_layers": 0}, "no effect beside layer_types"),
+    ],
+)
+def test_window_overrides_without_effect_are_refused(
+    changes: dict[str, Any], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(tiny_config(num_hidden_layers=2, **changes), hf_overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "windows"),
+    [
+        ({}, {"sliding_window": None}, (None, None)),
+        ({}, WINDOWED, (None, 8)),
+        (WINDOWED, {"use_sliding_window": False}, (None, None)),
+        (WINDOWED, {"sliding_window": None}, (None, None)),
+        (WINDOWED | {"layer_types": TYPES}, {"sliding_window": 16}, (None, 16)),
+        (WINDOWED | {"layer_types": TYPES}, {"layer_types": None, "sliding_window": 4}, (None, 4)),
+        (WINDOWED | {"layer_types": TYPES}, {"layer_types": None, "max_window_layers": 0}, (8, 8)),
+    ],
+)
+def test_window_overrides_take_effect(
+    changes: dict[str, Any], overrides: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    config = ModelConfig.from_hf(tiny_config(num_hidden_layers=2, **changes), hf_overrides=overrides)
+    assert config.layer_windows == windows
+
+
 NEEDED = (
     "vocab_size",
     "hidden_size",
