@@ -288,6 +288,23 @@ def test_auto_takes_triton_for_one_token_and_for_what_was_tuned(monkeypatch: pyt
         assert text.count("triton_kernel_call") == calls
 
 
+@pytest.mark.parametrize(
+    ("tokens", "features", "implementation"),
+    [(64, 4608, "mosaic"), (128, 4608, "xla"), (128, 1152, "mosaic"), (129, 1152, "xla"), (2048, 4608, "mosaic")],
+)
+def test_auto_on_hopper_follows_the_tokens_and_the_kernels_size(
+    tokens: int, features: int, implementation: str
+) -> None:
+    x = jax.ShapeDtypeStruct((tokens, 3584), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((features, 3584), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(H100):
+        whole, partial = (
+            jax.jit(op).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+            for op in (linear, api.linear_partial)
+        )
+    assert ("mosaic_gpu_v2" in whole) == ("mosaic_gpu_v2" in partial) == (implementation == "mosaic")
+
+
 def test_padding_is_skipped_where_the_mosaic_kernel_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = [jnp.dtype(name) for name in ("bfloat16", "float16", "float32")]
     assert [api.skips_padding(dtype) for dtype in dtypes] == [False] * 3
