@@ -26,6 +26,8 @@ _FEWEST_PROGRAMS = 4
 """With fewer programs to lower, this process is done before another one has started to help."""
 _HOST_BYTES = 1 << 30
 """Host memory that a worker may take."""
+_LONGEST_SECONDS = 300.0
+"""A worker that gives no program for so long hangs and is ended; the largest take one a tenth of it."""
 _MOST_WORKERS = 12
 """More would have nothing to do: so many families have the programs of a start."""
 _OPTIONS = {
@@ -166,9 +168,19 @@ class _Worker:
         pickle.dump(message, self._process.stdin)
         self._process.stdin.flush()
 
+    def _give_up(self) -> None:
+        logger.warning("%s has given no program for %g seconds and is ended", self.name, _LONGEST_SECONDS)
+        self._process.kill()
+
     def _receive(self) -> tuple[ProgramKey, bytes | None, str | None]:
         assert self._process.stdout is not None
-        return pickle.load(self._process.stdout)
+        limit = threading.Timer(_LONGEST_SECONDS, self._give_up)
+        limit.daemon = True
+        limit.start()
+        try:
+            return pickle.load(self._process.stdout)
+        finally:
+            limit.cancel()
 
 
 def _next(waiting: queue.SimpleQueue[list[ProgramKey]]) -> list[ProgramKey]:

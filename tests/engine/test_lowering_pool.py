@@ -152,6 +152,21 @@ def test_a_worker_that_dies_leaves_its_programs_to_this_process(
     assert "has ended, status 3" in message
 
 
+def test_a_worker_that_hangs_is_ended(
+    answer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering_pool, "_LONGEST_SECONDS", 1.0)
+    answer("if key[0] == 'decode': time.sleep(60)")
+    start = time.monotonic()
+    with LoweringPool(1) as pool:
+        programs = lower(pool, tmp_path)
+    assert time.monotonic() - start < 30
+    assert {key for key, data in programs.items() if data is None} >= {key for key in KEYS if key[0] == "decode"}
+    first, second = caplog.messages
+    assert first == "lowering worker 0 has given no program for 1 seconds and is ended"
+    assert second == "lowering worker 0 has ended, status -9; this process lowers its programs"
+
+
 def test_workers_that_never_start_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
