@@ -10,9 +10,8 @@ import jax_triton.triton_lib
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from qwen2_kernels import tuning
 from qwen2_kernels.linear import api
-from qwen2_kernels.linear.config import Config, default_config, tuning_key
+from qwen2_kernels.linear.config import Config, default_config
 from qwen2_kernels.specs import QWEN2_5
 
 from tests.kernels.interpreter import triton_interpreter
@@ -275,42 +274,3 @@ def test_impossible_configs_are_refused(wrong: dict[str, Any], message: str) -> 
     make_config: Any = Config
     with pytest.raises(ValueError, match=message):
         make_config(**{"block_n": 16, "block_k": 64} | wrong)
-
-
-def test_auto_takes_triton_for_one_token_and_for_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = {"block_n": 16, "block_k": 64, "block_t": 16}
-    table = {"linear": {tuning_key(5, 32, 64, gated=False): tiles}}
-    monkeypatch.setattr(tuning, "_table", lambda name: table if name == "nvidia_h100_80gb_hbm3" else {})
-    for tokens, dtype, calls in ((1, "bfloat16", 1), (1, "float32", 0), (5, "bfloat16", 1), (9, "bfloat16", 0)):
-        x, kernel = jax.ShapeDtypeStruct((tokens, 64), dtype), jax.ShapeDtypeStruct((32, 64), dtype)
-        with jax.sharding.use_abstract_mesh(H100):
-            text = jax.jit(linear).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("triton_kernel_call") == calls
-
-
-@pytest.mark.parametrize(
-    ("tokens", "features", "implementation"),
-    [(64, 4608, "mosaic"), (128, 4608, "xla"), (128, 1152, "mosaic"), (129, 1152, "xla"), (2048, 4608, "mosaic")],
-)
-def test_auto_on_hopper_follows_the_tokens_and_the_kernels_size(
-    tokens: int, features: int, implementation: str
-) -> None:
-    x = jax.ShapeDtypeStruct((tokens, 3584), jnp.bfloat16)
-    kernel = jax.ShapeDtypeStruct((features, 3584), jnp.bfloat16)
-    with jax.sharding.use_abstract_mesh(H100):
-        whole, partial = (
-            jax.jit(op).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
-            for op in (linear, api.linear_partial)
-        )
-    assert ("mosaic_gpu_v2" in whole) == ("mosaic_gpu_v2" in partial) == (implementation == "mosaic")
-
-
-def test_padding_is_skipped_where_the_mosaic_kernel_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    dtypes = [jnp.dtype(name) for name in ("bfloat16", "float16", "float32")]
-    assert [api.skips_padding(dtype) for dtype in dtypes] == [False] * 3
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(api, "has_triton", lambda: True)
-    monkeypatch.setattr(api, "unsupported_gpu", lambda: None)
-    assert [api.skips_padding(dtype) for dtype in dtypes] == [True, False, False]
-    monkeypatch.setattr(api, "unsupported_gpu", lambda: "an Ampere GPU")
-    assert not api.skips_padding(dtypes[0])
