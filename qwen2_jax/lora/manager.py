@@ -6,6 +6,7 @@ prepared by threads of the manager's own; all that concerns the banks is done by
 """
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ class AdapterManager:
         self._waiting_since: WeakKeyDictionary[AdapterEntry, float] = WeakKeyDictionary()
         self._staging = Staging(self._stage)
         self._stats = AdapterStats()
+        self._is_closed = threading.Event()
 
     @property
     def placer(self) -> Placer:
@@ -181,7 +183,8 @@ class AdapterManager:
         self._residents.check_integrity()
 
     def close(self) -> None:
-        """Stop the threads and let go of the device's memory."""
+        """Stop the threads, whose merges end unfinished, and let go of the device's memory."""
+        self._is_closed.set()
         self._staging.close()
         self._placer.delete()
 
@@ -213,7 +216,11 @@ class AdapterManager:
                     f"{limit} allows no more, start with max_lora_rank={rank}{source.advice_for_rank(limit)}"
                 )
 
-        return source.read(self._base, check_rank)
+        def go_on() -> None:
+            if self._is_closed.is_set():
+                raise AdapterError(f"adapter {request.lora_name!r}: the engine has been shut down")
+
+        return source.read(self._base, check_rank, go_on)
 
     def _bring(self, entry: AdapterEntry, in_line: bool) -> Admission:
         """Move an adapter one step nearer to the device."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -52,6 +52,7 @@ def merge_adapters(
     options: MergeOptions = MergeOptions(),  # noqa: B008  frozen
     *,
     use_tqdm: bool = False,
+    go_on: Callable[[], None] = lambda: None,
 ) -> MergedAdapter:
     """Return the merge of `adapters`, all for one base, with a weight for each; its arrays are float32, its scalings 1.
 
@@ -63,8 +64,9 @@ def merge_adapters(
 
     What replaces weights of the base instead of adding to them can be merged in one case: biases that are equal in all
     adapters, in a linear merge whose weights sum to 1. The digest follows from those of `adapters`, the weights and the
-    options. Raises `AdapterError` for other replaced biases, for magnitudes (DoRA), full copies, token rows and
-    classification heads, for adapters that do not fit each other, and for weights that are not finite.
+    options. `go_on` is called before each module, and ends the merge by raising. Raises `AdapterError` for other
+    replaced biases, for magnitudes (DoRA), full copies, token rows and classification heads, for adapters that do not
+    fit each other, and for weights that are not finite.
     """
     check_weights(len(adapters), weights)
     for place, adapter in enumerate(adapters, 1):
@@ -74,6 +76,7 @@ def merge_adapters(
     errors: dict[ModuleId, float] = {}
     parts = _parts_by_module(adapters, weights)
     for module in tqdm(parts, desc="Merging modules", disable=not use_tqdm):
+        go_on()
         merged[module], errors[module] = _merge_module(module, parts[module], options)
     adapter = Adapter(
         linear={(layer, name): update for (layer, name), update in merged.items() if layer is not None},

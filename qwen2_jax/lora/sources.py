@@ -15,6 +15,8 @@ from qwen2_jax.lora_requests import AdapterRequest, LoRARequest, MergedLoRAReque
 
 CheckRank = Callable[[int], None]
 """Raises `AdapterError` for a rank that is not served."""
+GoOn = Callable[[], None]
+"""Raises `AdapterError` where nobody waits for the adapter any more."""
 
 
 class AdapterSource(Hashable, Protocol):
@@ -24,10 +26,11 @@ class AdapterSource(Hashable, Protocol):
         """Return what changes when the files are written anew; raises `AdapterError`."""
         ...
 
-    def read(self, base: ModelConfig, check_rank: CheckRank) -> Adapter:
+    def read(self, base: ModelConfig, check_rank: CheckRank, go_on: GoOn) -> Adapter:
         """Return the adapter for a model with the sizes of `base`; raises `AdapterError`.
 
-        `check_rank` is told its rank, in which a replaced token counts as one, as soon as that is known.
+        `check_rank` is told its rank, in which a replaced token counts as one, as soon as that is known. What takes
+        longer than reading files calls `go_on` now and then.
         """
         ...
 
@@ -50,7 +53,7 @@ class FolderSource:
         """See `AdapterSource`."""
         return file_signature(self.path)
 
-    def read(self, base: ModelConfig, check_rank: CheckRank) -> Adapter:
+    def read(self, base: ModelConfig, check_rank: CheckRank, go_on: GoOn) -> Adapter:
         """See `AdapterSource`."""
         adapter = read_adapter(self.path, base)
         check_rank(max(adapter.max_rank, vocab_ranks(adapter)))
@@ -77,12 +80,12 @@ class MergeSource:
         """See `AdapterSource`."""
         return tuple(folder.signature() for folder in self.folders)
 
-    def read(self, base: ModelConfig, check_rank: CheckRank) -> Adapter:
+    def read(self, base: ModelConfig, check_rank: CheckRank, go_on: GoOn) -> Adapter:
         """See `AdapterSource`; what cannot be merged is an `AdapterError` too. The rank is checked before the merge."""
         read = {folder: read_adapter(folder.path, base) for folder in dict.fromkeys(self.folders)}
         adapters = [read[folder] for folder in self.folders]
         check_rank(merged_rank(adapters, self.options))
-        return merge_adapters(adapters, self.weights, self.options).adapter
+        return merge_adapters(adapters, self.weights, self.options, go_on=go_on).adapter
 
     def advice_for_rank(self, rank: int) -> str:
         """See `AdapterSource`."""

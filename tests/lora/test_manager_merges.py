@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen2_jax.errors import AdapterError
-from qwen2_jax.lora import sources, staging
+from qwen2_jax.lora import merge, sources, staging
 from qwen2_jax.lora.entry import AdapterEntry, Admission
 from qwen2_jax.lora.merge import merge_adapters
 from qwen2_jax.types import LoRARequest, MergedLoRARequest, MergeOptions
@@ -25,11 +25,11 @@ class Merges:
         self.count, self.started, self.may_end = 0, Event(), Event()
         self.may_end.set()
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.count += 1
         self.started.set()
         assert self.may_end.wait(LIMIT_S)
-        return merge_adapters(*arguments)
+        return merge_adapters(*arguments, **options)
 
 
 @pytest.fixture
@@ -116,6 +116,27 @@ def test_what_has_left_host_memory_is_merged_again(make: Callable[..., Adapters]
     assert merges.count == 2
     np.testing.assert_array_equal(first_factors(entry), before)
     adapters.check()
+
+
+def test_closing_does_not_wait_for_a_merge(make: Callable[..., Adapters], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = make(max_on_host=1)
+    entry, _ = adapters.manager.find(request(adapters)), adapters.find("a")
+    is_merging, merge_module = Event(), merge._merge_module
+    modules: list[Any] = []
+
+    def merge_slowly(module: Any, *rest: Any) -> Any:
+        modules.append(module)
+        is_merging.set()
+        assert adapters.manager._is_closed.wait(LIMIT_S)
+        return merge_module(module, *rest)
+
+    monkeypatch.setattr(merge, "_merge_module", merge_slowly)
+    assert adapters.manager.acquire(entry) is Admission.LOADING and is_merging.wait(LIMIT_S)
+    copy = entry.staged
+    adapters.manager.close()
+    assert copy is not None and len(modules) == 1
+    with pytest.raises(AdapterError, match="adapter 'ab': the engine has been shut down"):
+        copy.result()
 
 
 def test_a_source_that_changes_before_it_is_merged_again_fails(make: Callable[..., Adapters]) -> None:
