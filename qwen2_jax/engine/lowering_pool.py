@@ -27,7 +27,7 @@ _FEWEST_PROGRAMS = 4
 _HOST_BYTES = 1 << 30
 """Host memory that a worker may take."""
 _LONGEST_SECONDS = 300.0
-"""A worker that gives no program for so long hangs and is ended; the largest take one a tenth of it."""
+"""A worker that gives no program for so long hangs and is ended; one of 28 layers takes a worker some seconds."""
 _MOST_WORKERS = 12
 """More would have nothing to do: so many families have the programs of a start."""
 _OPTIONS = {

@@ -4,6 +4,7 @@ import pytest
 
 from qwen2_jax.engine.adapter_admission import MAX_PASSED, AdapterAdmission
 from qwen2_jax.engine.request import Request
+from qwen2_jax.engine.scheduler import Scheduler
 from qwen2_jax.lora.entry import AdapterEntry, Admission
 from tests.engine.scheduling import Gate, add, launch, make_entry, make_request, make_scheduler, read, shape, step
 
@@ -16,6 +17,13 @@ def started(names: str, *, gate: Gate | None, adapters: dict[str, AdapterEntry],
     add(scheduler, *(make_request(name, 1, adapter=adapters.get(name)) for name in names))
     output = scheduler.schedule()
     return [] if output is None else [row.request.request_id for row in output.rows]
+
+
+def add_crowd(scheduler: Scheduler, *waiting: Request) -> None:
+    """Queue requests behind one with another adapter, and before twice as many of its as may pass them."""
+    add(scheduler, make_request("0", 1, max_tokens=2, adapter=A), *waiting)  # the rows never end at once
+    for index in range(2 * MAX_PASSED):
+        add(scheduler, make_request(chr(1000 + index), 1, max_tokens=3, adapter=A))
 
 
 def test_only_those_whose_adapter_is_there_start() -> None:
@@ -86,9 +94,7 @@ def test_nobody_is_passed_for_ever(loading: bool) -> None:
     if loading:
         gate.loading.add(crowded)
     waiting = make_request("w", 1, max_tokens=1, adapter=crowded)
-    add(scheduler, make_request("0", 1, max_tokens=2, adapter=A), waiting)  # the rows never end at once
-    for index in range(2 * MAX_PASSED):
-        add(scheduler, make_request(chr(1000 + index), 1, max_tokens=3, adapter=A))
+    add_crowd(scheduler, waiting)
     served = 0
     while not waiting.is_finished and (output := scheduler.schedule()) is not None:
         served += len(output.admitted)
@@ -116,9 +122,7 @@ def test_passes_are_counted_for_all_who_wait_for_an_adapter() -> None:
     gate, crowded = Gate(room=1), make_entry("crowded")
     scheduler = make_scheduler(gate=gate, max_num_seqs=2)
     first, second = (make_request(name, 1, max_tokens=1, adapter=crowded) for name in "vw")
-    add(scheduler, make_request("0", 1, max_tokens=2, adapter=A), first, second)  # the rows never end at once
-    for index in range(2 * MAX_PASSED):
-        add(scheduler, make_request(chr(1000 + index), 1, max_tokens=3, adapter=A))
+    add_crowd(scheduler, first, second)
     served = 0
     while not second.is_finished and (output := scheduler.schedule()) is not None:
         served += len(output.admitted)
